@@ -1,0 +1,119 @@
+"""The records that every stage reads and writes: `Prompt`, `Response`, `Group`, `Pair`.
+
+All are frozen and each is one JSON line (`record.to_json()`, `Group.from_json(line)`), so a file of records can be read
+with any tool, and equal records have equal bytes.
+
+    Prompt    {"id": "p-1", "messages": [{"role": "user", "content": "Name a colour."}], "category": "list"}
+    Response  {"text": "Red.", "token_ids": [5, 9, 2], "finish_reason": "stop", ...}
+    Group     one prompt and its K responses
+    Pair      one prompt, the chosen and the rejected response, and what is known about them
+"""
+
+import hashlib
+import json
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "given"]
+"""Why a response ends: it produced an end token, it hit the new-token limit, or it came whole from a file."""
+
+
+class Record(BaseModel):
+    """A frozen record with a stable one-line JSON form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """One line of JSON without fields that were left at None; floats round-trip exactly."""
+        return self.model_dump_json(exclude_none=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """The record that `to_json` wrote. Raises pydantic's ValidationError for anything else."""
+        return cls.model_validate_json(line)
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Prompt(Record):
+    """A conversation that ends where the model is to answer."""
+
+    id: str
+    messages: tuple[Message, ...]
+    category: str | None = None
+
+    @classmethod
+    def of(cls, messages: str | list[dict[str, str]], *, id: str | None = None, category: str | None = None) -> Self:
+        """A prompt from text or from message dictionaries; without `id`, a hash of the content is the id."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        parsed = tuple(Message.model_validate(message) for message in messages)
+        return cls(id=id or content_id(parsed), messages=parsed, category=category)
+
+
+def content_id(messages: tuple[Message, ...]) -> str:
+    """A short id that is equal exactly when the conversation is equal."""
+    text = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+    return "p-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Response(Record):
+    """One answer to a prompt.
+
+    `token_ids` are the ids that were sampled and they are what is scored and trained on; they include the end token
+    exactly when `finish_reason` is not "length". Text from a file has none until it is tokenised for a model.
+    All log-probabilities are natural logarithms summed over `token_ids`, at temperature 1.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: FinishReason = "given"
+    sampling_logp: float | None = Field(default=None, description="under the sampler, before temperature and top-p")
+    policy_logp: float | None = Field(default=None, description="log pi(t-1), the numerator of the implicit reward")
+    reference_logp: float | None = Field(default=None, description="log pi(t-2), the denominator")
+    score: float | None = Field(default=None, description="higher is better; None with `failure` when unusable")
+    failure: str | None = Field(default=None, description="why there is no score")
+
+    @property
+    def length_chars(self) -> int:
+        """Unicode code points of the stripped text: the length that DICE regularises (paper Eq. 5 and released code)."""
+        return len(self.text.strip())
+
+    @property
+    def length_tokens(self) -> int:
+        """Number of response tokens, the end token included."""
+        if self.token_ids is None:
+            raise ValueError("this response has no token ids yet; tokenise it with ChatFormat.with_token_ids")
+        return len(self.token_ids)
+
+
+class Group(Record):
+    """The K responses to one prompt, in sampling order."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+class Pair(Record):
+    """Two responses to one prompt, the first preferred.
+
+    `reference_logps` are (chosen, rejected) under the model that the next training round uses as its reference, when
+    they are already known; `reference` is that model's fingerprint, so they can never be used with another.
+    """
+
+    prompt: Prompt
+    chosen: Response
+    rejected: Response
+    source: Literal["offline", "generated"] = "offline"
+    p: float = Field(default=1.0, ge=0.0, le=1.0, description="P(chosen is preferred): a soft label")
+    weight: float = Field(default=1.0, ge=0.0)
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    reference_logps: tuple[float, float] | None = None
+    reference: str | None = None
