@@ -1,0 +1,145 @@
+"""Shared-prefix attention: a prompt is computed once and its responses branch from it.
+
+A row holds groups end to end, `[prompt 1][branch 1.1][branch 1.2][prompt 2][branch 2.1]...`. A prompt token attends to
+its own prompt so far; a branch token to its whole prompt and to its own branch so far. Attention across groups or
+branches is never computed: there is one call per prompt and per branch, and no row-sized mask.
+
+The function is registered with transformers' public attention registry, so every decoder-only family with plain causal
+attention gains it. The model's forward hands extra keyword arguments through to it: that is how it learns the layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from prefloop.train.packing import TokenGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "prefloop_shared_prefix"
+
+
+@dataclass
+class Layout:
+    """Where prompts and branches lie in one row, and which positions predict which response token.
+
+    input_ids, position_ids: [1, S]. Positions restart after the prompt for every branch.
+    predictors, targets: [T]; the hidden state at `predictors[i]` predicts token `targets[i]`; responses lie end to end.
+    counts: [R] response lengths in tokens. segments: per group, prompt length and branch lengths (zero lengths left out).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    counts: Tensor
+    segments: list[tuple[int, list[int]]]
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, groups: Sequence[TokenGroup], device: torch.device | str = "cpu") -> "Layout":
+        """The row of these groups, in this order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        predictors: list[int] = []
+        targets: list[int] = []
+        segments: list[tuple[int, list[int]]] = []
+        for group in groups:
+            prompt_length = len(group.prompt_ids)
+            ids += group.prompt_ids
+            positions += range(prompt_length)
+            last_of_prompt = len(ids) - 1
+            branches = []
+            for response in group.responses:
+                predictors.append(last_of_prompt)
+                predictors += range(len(ids), len(ids) + len(response) - 1)
+                targets += response
+                ids += response[:-1]
+                positions += range(prompt_length, prompt_length + len(response) - 1)
+                if len(response) > 1:
+                    branches.append(len(response) - 1)
+            segments.append((prompt_length, branches))
+
+        def tensor(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        counts = [len(response) for group in groups for response in group.responses]
+        return cls(
+            input_ids=tensor(ids)[None],
+            position_ids=tensor(positions)[None],
+            predictors=tensor(predictors),
+            targets=tensor(targets),
+            counts=tensor(counts),
+            segments=segments,
+        )
+
+    def mask(self, branch: int, prompt: int, like: Tensor) -> Tensor:
+        """[branch, prompt + branch] additive mask: all of the prompt, causal within the branch. Made once per shape."""
+        key = (branch, prompt, like.dtype)
+        if key not in self._masks:
+            allowed = torch.ones(branch, prompt + branch, dtype=torch.bool, device=like.device).tril(prompt)
+            mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = mask.masked_fill_(~allowed, float("-inf"))
+        return self._masks[key]
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over one row. query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]."""
+    if layout is None:
+        raise RuntimeError("this model does not hand extra keyword arguments to its attention")
+    heads_per_key = query.shape[1] // key.shape[1]
+    if heads_per_key > 1:
+        key = key.repeat_interleave(heads_per_key, dim=1)
+        value = value.repeat_interleave(heads_per_key, dim=1)
+    sizes = [size for prompt, branches in layout.segments for size in (prompt, *branches)]
+    # One split (not many slices): its backward is one concatenation instead of a row-sized zero tensor for each piece.
+    queries, keys, values = (iter(tensor.split(sizes, dim=2)) for tensor in (query, key, value))
+    pieces = []
+    for prompt, branches in layout.segments:
+        prompt_key, prompt_value = next(keys), next(values)
+        pieces.append(
+            scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)
+        )
+        for branch in branches:
+            pieces.append(
+                scaled_dot_product_attention(
+                    next(queries),
+                    torch.cat([prompt_key, next(keys)], dim=2),
+                    torch.cat([prompt_value, next(values)], dim=2),
+                    attn_mask=layout.mask(branch, prompt, query),
+                    scale=scaling,
+                )
+            )
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+# No mask is built: the layout says everything. Without this entry transformers would make an [S, S] one.
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+@contextmanager
+def shared_prefix(model: "PreTrainedModel") -> Iterator[None]:
+    """Inside, the model's layers attend as their `layout` keyword says; outside, as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,83 @@
+"""Checkpoints inside training: weights, optimiser, schedule position and metrics, whole or not at all.
+
+A checkpoint is a folder `checkpoint-STEP` written under another name and renamed when complete, with a list of its
+files' sizes and hashes. A folder that does not match its list is refused, never loaded in part.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefloop.errors import InputError
+from prefloop.run import write_folder_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LISTING = "checkpoint.json"
+
+
+def save_checkpoint(
+    scratch: Path, *, step: int, model: "PreTrainedModel", optimizer: torch.optim.Optimizer, log: list[dict[str, Any]]
+) -> None:
+    """Write `scratch/checkpoint-STEP` and then remove the older ones."""
+
+    def write(folder: Path) -> None:
+        trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        torch.save(trained, folder / "weights.pt")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+        files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
+        (folder / LISTING).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+
+    older = list(scratch.glob("checkpoint-*"))
+    write_folder_atomically(scratch / f"checkpoint-{step}", write)
+    for folder in older:
+        shutil.rmtree(folder)
+
+
+def load_checkpoint(
+    scratch: Path | None, *, model: "PreTrainedModel", optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, Any]]]:
+    """Restore the newest checkpoint into `model` and `optimizer`; (0, []) when there is none.
+
+    Raises InputError when a file is missing, truncated or changed.
+    """
+    folders = sorted(scratch.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1])) if scratch else []
+    if not folders:
+        return 0, []
+    folder = folders[-1]
+    listing = _checked_listing(folder)
+    weights = torch.load(folder / "weights.pt", map_location=model.device, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return listing["step"], log
+
+
+def _checked_listing(folder: Path) -> dict[str, Any]:
+    fix = f"delete {folder} and run the same command again; the stage then starts from the beginning"
+    try:
+        listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"checkpoint {folder} has no readable {LISTING}; {fix}") from None
+    for name, (size, digest) in listing["files"].items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise InputError(f"checkpoint file {file} is truncated: {found} bytes, expected {size}; {fix}")
+        if _size_and_hash(file)[1] != digest:
+            raise InputError(f"checkpoint file {file} was changed after it was written; {fix}")
+    return listing
+
+
+def _size_and_hash(file: Path) -> tuple[int, str]:
+    with file.open("rb") as handle:
+        return file.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,50 @@
+"""Packing: several prompts and their responses, end to end, in rows under a token budget. No padding.
+
+Legend: R responses in all, S tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGroup:
+    """One prompt's ids and the ids of the responses that branch from it."""
+
+    prompt_ids: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("an empty prompt has no token from which the first response token can be predicted")
+        if not self.responses or not all(self.responses):
+            raise ValueError("every group needs at least one response, and every response at least one token")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this group adds to a row: the prompt once, each response without its last token.
+
+        The last token of a response is predicted but predicts nothing, so it is never an input.
+        """
+        return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)
+
+
+def pack(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Rows of indices whose sizes sum to at most `token_budget`: longest first, each into the fullest row that fits.
+
+    Deterministic. An item larger than the budget gets a row of its own. Indices within a row ascend.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget = {token_budget}: should be at least 1")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = [row for row in range(len(rows)) if room[row] >= sizes[index]]
+        if fitting:
+            row = min(fitting, key=lambda r: (room[r], r))
+            rows[row].append(index)
+            room[row] -= sizes[index]
+        else:
+            rows.append([index])
+            room.append(token_budget - sizes[index])
+    return [sorted(row) for row in rows]
