@@ -1,0 +1,1 @@
+"""Sampling: prompts in, groups of answers with their token ids out, behind one `Engine` contract."""

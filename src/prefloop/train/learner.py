@@ -129,11 +129,12 @@ class Learner:
             return
         scale = torch.stack(list(logps[:2])).detach().abs().amax(0)
         allowed = 1e-3 + 1e-5 * scale if self.dtype == "float32" else 0.5 + 2e-2 * scale
-        worst = int((logps.h.detach().abs() - allowed).argmax())
-        if float(logps.h[worst].abs()) > float(allowed[worst]):
+        h = logps.h.detach()
+        worst = int((h.abs() - allowed).argmax())
+        if float(h[worst].abs()) > float(allowed[worst]):
             raise CheckFailed(
                 f"before the first update the policy should equal its reference, but the pair of prompt "
-                f"{pairs[worst].prompt.id!r} has h = {float(logps.h[worst]):.4f} nats (at most {float(allowed[worst]):.4f} "
+                f"{pairs[worst].prompt.id!r} has h = {float(h[worst]):.4f} nats (at most {float(allowed[worst]):.4f} "
                 "expected); the reference log-probabilities belong to another model, tokenizer or precision"
             )
 
@@ -220,6 +221,7 @@ def fit(
                 save_checkpoint(stage.scratch, step=step + 1, model=learner.model, optimizer=learner.optimizer, log=log)
             advance(1)
     assert stage.output is not None
+    stage.event("saving")
     learner.write(stage.output)
     write_training_log(stage.output / TRAINING_LOG, log)
     return stage.output

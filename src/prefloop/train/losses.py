@@ -5,7 +5,6 @@ Legend: B pairs. All log-probabilities are summed over response tokens, in nats.
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -38,6 +37,7 @@ def dpo(
 
     `p` is P(chosen is preferred), `weight` multiplies the pair's loss. ln 2 at h = 0; slope there -beta (p - 1/2).
 
+    >>> import torch
     >>> zero = torch.zeros(1)
     >>> round(dpo(PairLogps(zero, zero, zero, zero)).item(), 6)
     0.693147

@@ -1,0 +1,232 @@
+"""The command line: `prefloop RECIPE ...` runs a method, and each step is a command of its own, file in, file out.
+
+Every option comes from the recipe's or step's configuration. Errors are one line on stderr and exit status 2.
+Nothing heavy is imported until a command really runs.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from prefloop import __version__
+from prefloop.config import Config, first_problem, parse_config, read_yaml
+from prefloop.errors import InputError, PrefloopError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `prefloop`. `config` and `run` are `module:name`, imported when the command is used."""
+
+    family: str
+    line: str
+    config: str
+    run: str
+    presets: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "dice": Command(
+        "recipes",
+        "bootstrap: sample, rank by the model's own DPO reward, pair, replay, DPO, repeat (arXiv 2406.09760)",
+        "prefloop.recipes.dice:DiceConfig",
+        "prefloop.recipes.dice:dice",
+        ("demo", "paper"),
+    ),
+    "dpo": Command(
+        "recipes",
+        "direct preference optimisation on preference pairs (arXiv 2305.18290)",
+        "prefloop.recipes.dpo:DpoConfig",
+        "prefloop.recipes.dpo:dpo",
+        ("demo",),
+    ),
+    "sample": Command("steps", "K answers of a model to every prompt of a file", "prefloop.commands:SampleOptions",
+                      "prefloop.commands:sample"),
+    "score": Command("steps", "implicit reward of (prompt, responses) under any policy and reference",
+                     "prefloop.commands:ScoreOptions", "prefloop.commands:score"),
+    "pairs": Command("steps", "best-against-worst pairs of scored answers, length debiased, with replay",
+                     "prefloop.commands:PairsOptions", "prefloop.commands:pairs"),
+    "inspect": Command("steps", "rows of a file as a model will see them, token by token",
+                       "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
+}  # fmt: skip
+
+
+def load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def overview() -> str:
+    """What `prefloop --help` prints."""
+    lines = ["prefloop: align language models with preferences that the loop makes for itself.", "",
+             "usage: prefloop COMMAND [OPTIONS]        prefloop COMMAND --help lists the options", ""]  # fmt: skip
+    for family in dict.fromkeys(command.family for command in COMMANDS.values()):
+        lines.append(f"{family}:")
+        lines += [f"  {name:<9}{command.line}" for name, command in COMMANDS.items() if command.family == family]
+        lines.append("")
+    lines += [
+        "A recipe keeps its work in a run folder (--out); the same command run again continues it.",
+        "Presets: " + ", ".join(f"{name} --preset {'|'.join(c.presets)}" for name, c in COMMANDS.items() if c.presets),
+    ]
+    return "\n".join(lines)
+
+
+def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None) -> Any:
+    """`args` as `config`, or one InputError line for what is wrong.
+
+    An unknown option is answered with the nearest known one. `--help` prints and exits with 0.
+    """
+    import tyro
+    from pydantic import ValidationError
+
+    shown = io.StringIO()
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
+    try:
+        with redirect_stderr(shown):
+            given = {} if default is None else {"default": default}
+            parsed, unknown = tyro.cli(
+                config, prog=prog, args=list(args), config=markers, return_unknown_args=True, **given
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(one_line(shown.getvalue())) from None
+    except ValidationError as error:
+        raise InputError(first_problem(error)) from None
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise InputError(f"unknown option {name!r}.{did_you_mean(name, option_names(config))} See {prog} --help")
+    return parsed
+
+
+def option_names(config: type[Config], prefix: str = "--") -> list[str]:
+    """Every option of a configuration as it is typed: `--train.learning-rate`."""
+    names = ["--out", "--preset", "--config"] if prefix == "--" else []
+    for name, field in config.model_fields.items():
+        option = prefix + name.replace("_", "-")
+        kind = field.annotation
+        nested = isinstance(kind, type) and issubclass(kind, Config)
+        names += option_names(kind, option + ".") if nested else [option]
+    return names
+
+
+def one_line(box: str) -> str:
+    """The message of a framed error text, without its frame and without the help text below it."""
+    message = re.split(r"─{8,}\s*│|Argument helptext|For full helptext", box.replace("\n", " \n"), maxsplit=2)
+    text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", " ".join(message[:2])).split())
+    return re.sub(r"^(Value error|Invalid choice|Missing argument|Required options|Parsing error)\s+", "", text)
+
+
+def split_leading(args: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Take `--name VALUE` and `--name=VALUE` for these names out of `args`: they decide what the others mean."""
+    taken: dict[str, str] = {}
+    rest: list[str] = []
+    position = 0
+    while position < len(args):
+        name, equals, value = args[position].partition("=")
+        if name.removeprefix("--") in names and name.startswith("--"):
+            if not equals:
+                position += 1
+                if position >= len(args):
+                    raise InputError(f"{name} needs a value")
+                value = args[position]
+            taken[name.removeprefix("--")] = value
+        else:
+            rest.append(args[position])
+        position += 1
+    return taken, rest
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping."""
+    return {
+        **base,
+        **{
+            key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+            for key, value in over.items()
+        },
+    }
+
+
+def base_config(name: str, command: Command, preset: str | None, file: str | None) -> Config:
+    """The configuration that the other options change: defaults, or a preset, under what a file says."""
+    config: type[Config] = load(command.config)
+    if preset is not None and preset not in command.presets:
+        raise InputError(
+            f"unknown preset {preset!r} for {name}.{did_you_mean(preset, list(command.presets))} "
+            f"Presets: {', '.join(command.presets)}"
+        )
+    base = load(command.config.split(":")[0] + ":" + preset)() if preset else config()
+    if file is None:
+        return base
+    return parse_config(config, merged(base.model_dump(), read_yaml(file)), origin=file)
+
+
+def run_recipe(name: str, command: Command, args: list[str]) -> None:
+    """Parse, open the run folder, run, and show what came out."""
+    taken, rest = split_leading(args, ("preset", "config", "out"))
+    base = base_config(name, command, taken.get("preset"), taken.get("config"))
+    if {"-h", "--help"} & set(rest):
+        print(recipe_help(name, command))
+    cfg = parse(type(base), rest, prog=f"prefloop {name}", default=base)
+    from prefloop.recipes.steps import run_in_folder
+
+    run_in_folder(name, load(command.run), cfg, Path(taken.get("out", f"runs/{name}")))
+
+
+def recipe_help(name: str, command: Command) -> str:
+    """What precedes the list of a recipe's options."""
+    return "\n".join(
+        [
+            f"prefloop {name}: {command.line}",
+            "",
+            f"  --out DIR        the run folder (default: runs/{name}); the same command continues it",
+            f"  --preset NAME    start from a preset: {', '.join(command.presets)}",
+            "  --config FILE    options from a YAML file (such as a run folder's config.yaml), over the preset",
+            "",
+        ]
+    )
+
+
+def run_step(name: str, command: Command, args: list[str]) -> None:
+    """Parse the options of a single step and run it."""
+    config: type[Config] = load(command.config)
+    load(command.run)(parse(config, args, prog=f"prefloop {name}"))
+
+
+def dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if argv[0] in ("--version", "-V"):
+        print(f"prefloop {__version__}")
+        return
+    name, *args = argv
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}.{did_you_mean(name, list(COMMANDS))} See prefloop --help")
+    command = COMMANDS[name]
+    run: Callable[[str, Command, list[str]], None] = run_recipe if command.family == "recipes" else run_step
+    run(name, command, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input or a failed check (one line on stderr), 130 interrupted."""
+    try:
+        dispatch(list(sys.argv[1:] if argv is None else argv))
+    except PrefloopError as error:
+        print(f"prefloop: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The single steps as commands: `prefloop sample | score | pairs | inspect`, file in, file out.
+
+A step works in a folder OUT.work beside its output, which keeps finished parts when it is interrupted and is removed
+when the output is complete. An output that exists already is never overwritten.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from prefloop.config import Config
+from prefloop.data.groups import read_groups
+from prefloop.data.mapping import load_prompts
+from prefloop.errors import InputError
+from prefloop.feedback.implicit_reward import implicit_reward
+from prefloop.models import load_tokenizer, resolve
+from prefloop.pairs.filters import keep_finished, keep_scored
+from prefloop.pairs.replay import mix
+from prefloop.pairs.select import best_vs_worst, debias_length
+from prefloop.recipes.dice import Filters, find_coefficient
+from prefloop.recipes.steps import load, two_models, with_token_ids
+from prefloop.records import Record
+from prefloop.run import Run, write_atomically
+from prefloop.sample.sampling import Sampling
+from prefloop.sample.stage import sample as sample_stage
+from prefloop.train.config import Compute
+
+
+class SampleOptions(Config):
+    """K answers of a model to every prompt of a file, as groups: one JSON line a prompt."""
+
+    policy: str = Field("", description="hub id, folder, .gguf file or smollm2-135m")
+    prompts: str = Field("", description="prompts: a file, a data set folder or hub name, or seed:train")
+    out: str = Field("groups.jsonl", description="the file to write")
+    k: int = Field(1, ge=1, description="answers a prompt")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
+    seed: int = Field(0, ge=0, description="of every draw")
+    sampling: Sampling = Field(default_factory=Sampling)
+    compute: Compute = Field(default_factory=Compute)
+
+
+class ScoreOptions(Config):
+    """log pi(y|x) - log pi_ref(y|x) of every response of a file, under any two models over one tokenizer."""
+
+    file: str = Field("", description="groups, pairs, or rows with a prompt and one or several responses")
+    policy: str = Field("", description="the DPO-trained model")
+    reference: str = Field("", description="the model that it was trained from")
+    out: str = Field("scored.jsonl", description="the file to write")
+    compute: Compute = Field(default_factory=Compute)
+
+
+class PairsOptions(Config):
+    """Best against worst of scored groups, length debiased, mixed with offline pairs."""
+
+    file: str = Field("", description="scored groups, as `prefloop score` writes them")
+    out: str = Field("pairs.jsonl", description="the file to write")
+    alpha: float | Literal["auto"] = Field("auto", description="length coefficient; auto finds alpha*, 0 leaves length alone")
+    length_unit: Literal["chars", "tokens"] = Field("chars", description="unit of |y|")
+    filters: Filters = Field(default_factory=lambda: Filters(min_valid=2))
+    offline: str = Field("", description="offline pairs to mix in")
+    replay_fraction: float = Field(0.0, ge=0, le=1, description="share of offline pairs")
+    seed: int = Field(0, ge=0, description="of the mixture")
+
+
+class InspectOptions(Config):
+    """Rows of a prompts or pairs file as a model will see them: prompt, response and end tokens apart."""
+
+    file: str = Field("", description="prompts or pairs: a file, a data set folder or hub name, or seed:train")
+    model: str = Field("smollm2-135m", description="whose tokenizer and chat template to use")
+    rows: int = Field(3, ge=1, description="how many rows to show")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
+
+
+def sample(options: SampleOptions) -> None:
+    """`prefloop sample`."""
+    needed(options, "policy", "prompts")
+
+    def work(run: Run) -> Sequence[Record]:
+        loaded = load_prompts(options.prompts, on_bad_row=options.on_bad_row)
+        run.note(f"{options.prompts}: {loaded.mapping.describe()}")
+        return run.stage("groups", sample_stage, resolve(options.policy), loaded.records, k=options.k,
+                         sampling=options.sampling, seed=options.seed, compute=options.compute)  # fmt: skip
+
+    to_file("sample", options, work)
+
+
+def score(options: ScoreOptions) -> None:
+    """`prefloop score`."""
+    needed(options, "file", "policy", "reference")
+
+    def work(run: Run) -> Sequence[Record]:
+        groups = read_groups(options.file)
+        policy, reference = two_models(options.policy, options.reference)
+        encoded = run.stage("groups", with_token_ids, groups, policy)
+        return run.stage("scored", implicit_reward, encoded, policy, reference, compute=options.compute)
+
+    to_file("score", options, work)
+
+
+def pairs(options: PairsOptions) -> None:
+    """`prefloop pairs`."""
+    needed(options, "file")
+
+    def work(run: Run) -> Sequence[Record]:
+        groups = read_groups(options.file)
+        valid = run.stage("valid", keep_finished, groups, **options.filters.model_dump())
+        scored = run.stage("scored", keep_scored, valid, min_valid=options.filters.min_valid)
+        coefficient = run.stage("length", find_coefficient, scored, alpha=options.alpha, unit=options.length_unit)
+        run.note(
+            f"alpha {coefficient.alpha:.4g} nats per {coefficient.unit[:-1]}: mean length gap "
+            f"{coefficient.gap_at_zero:+.1f} to {coefficient.gap:+.1f} {coefficient.unit}"
+        )
+        made = run.stage("pairs", best_vs_worst, debias_length(scored, coefficient))
+        if not options.offline:
+            return made
+        offline = load(options.offline, "offline", "error", run)
+        return run.stage("mixed", mix, made, offline, fraction=options.replay_fraction, seed=options.seed)
+
+    to_file("pairs", options, work)
+
+
+def inspect(options: InspectOptions) -> None:
+    """`prefloop inspect`."""
+    from prefloop.data.chat import ChatFormat
+    from prefloop.data.inspect import inspect_rows
+
+    needed(options, "file")
+    chat = ChatFormat(load_tokenizer(resolve(options.model)))
+    inspect_rows(options.file, chat, Console(), n=options.rows, on_bad_row=options.on_bad_row)
+
+
+def needed(options: Config, *names: str) -> None:
+    """Raises InputError for the first of these options that was not given."""
+    for name in names:
+        if not getattr(options, name):
+            description = type(options).model_fields[name].description
+            raise InputError(f"--{name} is missing: {description}")
+
+
+def to_file(name: str, options: SampleOptions | ScoreOptions | PairsOptions, work: Callable[[Run], Sequence[Record]]) -> None:
+    """Run `work` in OUT.work and write its records to OUT, whole or not at all."""
+    out = Path(options.out)
+    if out.exists():
+        raise InputError(f"{out} exists already; give another --out, or delete it")
+    folder = out.with_name(out.name + ".work")
+    with Run.open(folder, recipe=name, config=options, console=Console(stderr=True)) as run:
+        records = work(run)
+        write_atomically(out, "".join(record.to_json() + "\n" for record in records))
+    shutil.rmtree(folder)
+    print(f"{out}: {len(records)} rows")

@@ -1,0 +1,83 @@
+"""One model looked at beside the start model: held-out reward accuracy, lengths, likelihoods and drift."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from prefloop.evaluate.reward_accuracy import accuracy, mean_interval
+from prefloop.models import ModelRef
+from prefloop.records import Group, Pair, Record
+from prefloop.run import Stage
+from prefloop.train.config import Compute
+
+
+class Checkup(Record):
+    """What is known of one model. Log-probabilities in nats; "change" is this model minus the start model.
+
+    accuracy, margin: implicit reward beta (log pi - log pi_start) on held-out pairs; [value, low, high] at 95 %.
+    chosen_change, rejected_change: mean change of the summed log-probability of held-out responses.
+    chosen_nll_per_token: of the held-out chosen responses under this model.
+    length_chars, length_tokens, finished: of own answers to held-out prompts.
+    kl_per_token: estimate of KL(pi || pi_start) per token from own answers, [value, low, high].
+    """
+
+    model: str
+    pairs: int
+    accuracy: tuple[float, float, float] | None = None
+    margin: tuple[float, float, float] | None = None
+    chosen_change: float | None = None
+    rejected_change: float | None = None
+    chosen_nll_per_token: float | None = None
+    answers: int
+    length_chars: tuple[float, float, float] | None = None
+    length_tokens: float | None = None
+    finished: float | None = None
+    kl_per_token: tuple[float, float, float] | None = None
+
+
+def checkup(
+    model: ModelRef,
+    start: ModelRef,
+    held_out: Sequence[Pair],
+    answers: Sequence[Group],
+    *,
+    beta: float,
+    compute: Compute,
+    stage: Stage | None = None,
+) -> Checkup:
+    """Look at `model` on held-out pairs, whose `reference_logps` are the start model's, and on its own answers."""
+    from prefloop.train.reference import logps_under
+
+    stage = stage or Stage.detached()
+    pair_items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in held_out]
+    answer_items = [(group.prompt, group.responses) for group in answers]
+    own = logps_under(model, [*pair_items, *answer_items], compute=compute, stage=stage)
+    base = logps_under(start, answer_items, compute=compute, stage=stage)
+    figures: dict[str, object] = {"model": model.name, "pairs": len(held_out), "answers": len(answers)}
+    if held_out:
+        now = np.array(own[: len(held_out)])
+        before = np.array([pair.reference_logps for pair in held_out])
+        change = now - before
+        margins = beta * (change[:, 0] - change[:, 1])
+        tokens = sum(pair.chosen.length_tokens for pair in held_out)
+        figures |= {
+            "accuracy": accuracy(margins.tolist()),
+            "margin": mean_interval(margins.tolist()),
+            "chosen_change": float(change[:, 0].mean()),
+            "rejected_change": float(change[:, 1].mean()),
+            "chosen_nll_per_token": float(-now[:, 0].sum() / tokens),
+        }
+    responses = [response for group in answers for response in group.responses]
+    if responses:
+        mine = [value for row in own[len(held_out) :] for value in row]
+        theirs = [value for row in base for value in row]
+        drift = [
+            (a - b) / response.length_tokens for a, b, response in zip(mine, theirs, responses, strict=True)
+        ]
+        figures |= {
+            "length_chars": mean_interval([response.length_chars for response in responses]),
+            "length_tokens": float(np.mean([response.length_tokens for response in responses])),
+            "finished": float(np.mean([response.finish_reason == "stop" for response in responses])),
+            "kl_per_token": mean_interval(drift),
+        }
+    return Checkup.model_validate(figures)

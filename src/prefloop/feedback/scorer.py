@@ -1,0 +1,57 @@
+"""Scores from a user's own function: the hook for LLM judges, reward models and rules.
+
+    def score(groups: list[Group]) -> list[list[float | None]]      # one per response, higher is better
+
+None means that this response could not be scored; it is dropped and counted, never given a made-up number.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+
+from prefloop.errors import InputError
+from prefloop.records import Group
+from prefloop.run import Stage
+
+Scores = Callable[[Sequence[Group]], Sequence[Sequence[float | None]]]
+
+
+def load_function(name: str) -> Scores:
+    """The function that `module:function` names. Raises InputError saying which part is missing."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"scorer {name!r}: expected 'implicit_reward' or 'module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"scorer {name!r}: module {module_name!r} cannot be imported ({error})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"scorer {name!r}: module {module_name!r} has no function {function_name!r}")
+    return function
+
+
+def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None = None) -> list[Group]:
+    """The groups with `score` from `function`; a None or NaN becomes a failure with a reason.
+
+    Raises InputError when the function does not return one row per group with one number per response.
+    """
+    stage = stage or Stage.detached()
+    table = list(function(groups))
+    if len(table) != len(groups):
+        raise InputError(f"the scorer returned {len(table)} rows for {len(groups)} prompts; expected one row per prompt")
+    scored = []
+    for group, row in zip(groups, table, strict=True):
+        if len(row) != len(group.responses):
+            raise InputError(
+                f"the scorer returned {len(row)} scores for the {len(group.responses)} responses to prompt "
+                f"{group.prompt.id!r}; expected one per response (None where it has none)"
+            )
+        responses = tuple(
+            response.model_copy(update={"score": None, "failure": "the scorer gave none"})
+            if score is None or math.isnan(score)
+            else response.model_copy(update={"score": float(score)})
+            for response, score in zip(group.responses, row, strict=True)
+        )
+        scored.append(group.model_copy(update={"responses": responses}))
+    return scored

@@ -1,0 +1,162 @@
+"""DICE: bootstrapping with DPO implicit rewards (Chen et al. 2024, arXiv 2406.09760).
+
+Start: a DPO-trained model pi(0), the reference pi(-1) it was trained against, and its offline preference pairs.
+Without a reference the given model is pi(-1), and a DPO round on the offline pairs makes pi(0).
+
+Round t = 1..R:
+1. Sample K answers to every prompt from pi(t-1); drop unfinished and out-of-range ones.
+2. Score each: s = log pi(t-1) - log pi(t-2), summed over its tokens.
+3. Find alpha* for which the mean length of winners equals that of losers; rank by s - alpha* |y|  (Eq. 5, 6).
+4. Pair the best with the worst answer to each prompt.
+5. Replay: a fraction gamma of the pairs comes from the offline set, on prompts that are not drawn already.
+6. DPO from pi(t-1) against a frozen pi(t-1), for a fixed number of steps: pi(t).
+
+The DPO reference of round t is pi(t-1), whose log-probabilities step 2 has just computed for every generated pair, so
+no reference model is in memory while training.
+
+Departures from the released code (docs/methods/dice.md says more): alpha* is exact instead of a grid point; every draw
+is seeded; warm-up, which that code asks for and its scheduler ignores, takes place; sampled token ids are scored
+and trained on as they are, not decoded and encoded again; gamma = 1 works.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from prefloop.config import Config
+from prefloop.feedback.implicit_reward import implicit_reward
+from prefloop.feedback.scorer import load_function, score_with
+from prefloop.models import ModelRef, resolve
+from prefloop.pairs.filters import keep_finished, keep_scored
+from prefloop.pairs.length import LengthCoefficient, fixed_coefficient, length_coefficient
+from prefloop.pairs.replay import mix
+from prefloop.pairs.select import best_vs_worst, check_score_spread, debias_length
+from prefloop.recipes.dpo import dpo_round
+from prefloop.recipes.steps import LookAt, conclude, load_or_reuse, look_at, offline_and_held_out, some, two_models
+from prefloop.sample.sampling import Sampling
+from prefloop.sample.stage import sample
+from prefloop.seeds import derive_seed
+from prefloop.train.config import Compute, Train
+
+if TYPE_CHECKING:
+    from prefloop.records import Group, Pair
+    from prefloop.run import Round, Run
+
+
+class Filters(Config):
+    """Which sampled answers may become pairs (dossier of the released code; lengths in code points)."""
+
+    min_chars: int = Field(3, ge=0, description="an answer has more characters than this (DICE: 3)")
+    max_chars: int = Field(6700, ge=1, description="and fewer than this (DICE: 6700)")
+    min_valid: int = Field(8, ge=2, description="a prompt with fewer answers left is dropped (DICE: 8 of 16)")
+
+
+class DiceConfig(Config):
+    """Options of `prefloop dice`. The defaults are the paper's (Zephyr setting)."""
+
+    policy: str = Field("", description="pi(0), the DPO-trained model; without --reference, the model to start from")
+    reference: str = Field("", description="pi(-1), the model that pi(0) was DPO-trained from")
+    pairs: str = Field("", description="offline pairs: a file, a data set folder or hub name, or seed:train")
+    prompts: str = Field("", description="prompts to sample on; those of the pairs when left out (paper)")
+    held_out: str = Field("", description="pairs to look at each model with, such as seed:held_out; a tenth of the pairs when left out")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
+    rounds: int = Field(2, ge=1, description="R (paper: 2)")
+    k: int = Field(16, ge=2, description="K answers a prompt (paper: 16)")
+    prompts_per_round: int | None = Field(None, ge=1, description="draw so many prompts; all when left out (paper)")
+    alpha: float | Literal["auto"] = Field("auto", description="length coefficient; auto finds alpha*, 0 is the ablation")
+    length_unit: Literal["chars", "tokens"] = Field("chars", description="unit of |y| (paper: chars)")
+    replay_fraction: float = Field(0.5, ge=0, le=1, description="gamma: share of offline pairs (paper: 0.5)")
+    beta: float = Field(0.1, gt=0, description="DPO's beta (paper: 0.1; tuned over 0.01 and 0.1)")
+    training_reference: Literal["round_start", "start"] = Field(
+        "round_start", description="DPO reference of a round: pi(t-1) (paper), or pi(-1) for the fixed-reference baseline"
+    )
+    scorer: str = Field("implicit_reward", description="or module:function, such as an LLM judge")
+    seed: int = Field(0, ge=0, description="of every random choice")
+    sampling: Sampling = Field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=2048))
+    filters: Filters = Field(default_factory=Filters)
+    look_at: LookAt = Field(default_factory=LookAt)
+    start: Train = Field(default_factory=Train, description="the DPO round that makes pi(0), without --reference")
+    train: Train = Field(default_factory=Train, description="every DICE round")
+    compute: Compute = Field(default_factory=Compute)
+
+
+def paper() -> DiceConfig:
+    """The paper's Zephyr setting as published: needs GPUs. Give --pairs and --held-out."""
+    return DiceConfig(policy="HuggingFaceH4/zephyr-7b-beta", reference="HuggingFaceH4/mistral-7b-sft-beta")
+
+
+def demo() -> DiceConfig:
+    """The packaged small model and seed data: two rounds in minutes on two CPU cores."""
+    start = Train(steps=24, batch_size=8, learning_rate=3e-6, warmup_steps=4, validation_pairs=8, validate_every=12,
+                  checkpoint_every=12)  # fmt: skip
+    return DiceConfig(
+        policy="smollm2-135m",
+        pairs="seed:train",
+        held_out="seed:held_out",
+        k=8,
+        prompts_per_round=24,
+        sampling=Sampling(temperature=0.9, top_p=1.0, max_new_tokens=80),
+        filters=Filters(min_valid=3),
+        start=start,
+        train=start.replace(steps=12, checkpoint_every=6, validate_every=6),
+    )
+
+
+def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
+    """Run DICE; returns the final model, RUN/model."""
+    policy, reference = two_models(cfg.policy, cfg.reference) if cfg.reference else (None, resolve(cfg.policy))
+    start = reference
+    offline, held_out = offline_and_held_out(cfg, run, start)
+    prompts = load_or_reuse(cfg.prompts, offline, cfg.on_bad_row, run)
+    look = partial(look_at, run, start, held_out, cfg)
+
+    look("start", start)
+    if policy is None:
+        policy = dpo_round(run.round(0), start, start, offline, beta=cfg.beta, train=cfg.start, compute=cfg.compute,
+                           seed=derive_seed(cfg.seed, "dpo", 0))  # fmt: skip
+    look("round-0", policy)
+
+    for t in range(1, cfg.rounds + 1):
+        round = run.round(t)
+        generated: list[Pair] = []
+        if cfg.replay_fraction < 1:
+            drawn = some(prompts, cfg.prompts_per_round, derive_seed(cfg.seed, "prompts", t))
+            generated = bootstrap(cfg, round, policy, reference, drawn, seed=derive_seed(cfg.seed, "sample", t))
+        mixed = round.stage("mixed", mix, generated, offline, fraction=cfg.replay_fraction,
+                            seed=derive_seed(cfg.seed, "mix", t))  # fmt: skip
+        trained = dpo_round(
+            round,
+            policy,
+            policy if cfg.training_reference == "round_start" else start,
+            mixed,
+            beta=cfg.beta,
+            train=cfg.train,
+            compute=cfg.compute,
+            seed=derive_seed(cfg.seed, "dpo", t),
+        )
+        policy, reference = trained, policy
+        look(f"round-{t}", policy)
+    return conclude(run, policy)
+
+
+def bootstrap(
+    cfg: DiceConfig, round: "Round", policy: ModelRef, reference: ModelRef, prompts: list, *, seed: int
+) -> "list[Pair]":
+    """Steps 1 to 4: pairs that the model makes for itself, with their log-probabilities under `policy` = pi(t-1)."""
+    groups = round.stage("groups", sample, policy, prompts, k=cfg.k, sampling=cfg.sampling, seed=seed,
+                         compute=cfg.compute)  # fmt: skip
+    valid = round.stage("valid", keep_finished, groups, **cfg.filters.model_dump())
+    if cfg.scorer == "implicit_reward":
+        scored = round.stage("feedback", implicit_reward, valid, policy, reference, compute=cfg.compute)
+        check_score_spread(scored)
+    else:
+        scored = round.stage("feedback", score_with, valid, load_function(cfg.scorer))
+        scored = round.stage("scored", keep_scored, scored, min_valid=cfg.filters.min_valid)
+    coefficient = round.stage("length", find_coefficient, scored, alpha=cfg.alpha, unit=cfg.length_unit)
+    return round.stage("pairs", best_vs_worst, debias_length(scored, coefficient), reference=policy.fingerprint)
+
+
+def find_coefficient(groups: "list[Group]", *, alpha: float | str, unit: str) -> LengthCoefficient:
+    """alpha* (Eq. 6) for `alpha="auto"`, else the figures of the given alpha."""
+    return length_coefficient(groups, unit=unit) if alpha == "auto" else fixed_coefficient(groups, alpha, unit=unit)

@@ -1,0 +1,160 @@
+"""Steps that several recipes share, each implemented once."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from prefloop.config import Config
+from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
+from prefloop.data.mapping import Loaded, load_pairs, load_prompts
+from prefloop.errors import InputError
+from prefloop.evaluate.checkup import checkup
+from prefloop.models import ModelRef, check_different, copy_model, load_tokenizer, resolve
+from prefloop.pairs.replay import hold_out
+from prefloop.records import Pair, Prompt
+from prefloop.report.card import model_card
+from prefloop.report.markdown import write_report
+from prefloop.report.story import read_story
+from prefloop.report.table import terminal_table
+from prefloop.run import Run, Stage, write_atomically
+from prefloop.sample.stage import sample
+from prefloop.seeds import derive_seed, generator
+
+
+class LookAt(Config):
+    """What every round's model is looked at with. Nothing of it is trained on, nothing is chosen by it."""
+
+    answers: int = Field(16, ge=0, description="held-out prompts that every model answers once")
+    shown: int = Field(4, ge=0, description="how many of these answers the report shows, before and after")
+
+
+def two_models(policy: str, reference: str) -> tuple[ModelRef, ModelRef]:
+    """A DPO-trained policy and the reference it was trained against: two models over one tokenizer.
+
+    Raises InputError when their weights are the same or their tokenizers differ.
+    """
+    first, second = resolve(policy), resolve(reference)
+    check_different(first, second)
+    difference = same_tokenizer(load_tokenizer(first), load_tokenizer(second))
+    if difference:
+        raise InputError(
+            f"policy {policy} and reference {reference} have different tokenizers ({difference}); "
+            "the implicit reward needs both models to score the same token ids"
+        )
+    return first, second
+
+
+def context_of(model: ModelRef) -> int | None:
+    """The longest row in tokens that a model was made for, read from its configuration; None when it does not say."""
+    config: dict[str, Any] = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = None) -> list[Pair]:
+    """The pairs with the model's token ids: prompt and response tokenised apart, one end token.
+
+    A pair that does not fit the model's context is dropped and counted; a prompt that leaves no room is an InputError.
+    """
+    stage = stage or Stage.detached()
+    chat = ChatFormat(load_tokenizer(model))
+    stage.note(f"tokens: {chat.description}")
+    context = context_of(model)
+    kept = []
+    for pair in pairs:
+        prompt_ids = chat.prompt_ids(pair.prompt)
+        check_prompt_length(prompt_ids, 1, context, pair.prompt)
+        chosen, rejected = chat.with_token_ids(pair.chosen), chat.with_token_ids(pair.rejected)
+        if context and len(prompt_ids) + max(chosen.length_tokens, rejected.length_tokens) > context:
+            stage.count(f"pairs dropped: longer than the context of {context} tokens")
+            continue
+        kept.append(pair.model_copy(update={"chosen": chosen, "rejected": rejected}))
+    stage.count("pairs kept", len(kept))
+    return kept
+
+
+def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
+    """The prompts of preference pairs, each once, in order."""
+    return list({pair.prompt.id: pair.prompt for pair in pairs}.values())
+
+
+def some(prompts: Sequence[Prompt], n: int | None, seed: int) -> list[Prompt]:
+    """`n` prompts drawn without replacement, in their order; all of them when n is None or not smaller."""
+    if n is None or n >= len(prompts):
+        return list(prompts)
+    chosen = generator(seed, "prompts").permutation(len(prompts))[:n]
+    return [prompts[i] for i in sorted(chosen)]
+
+
+def load(source: str, option: str, on_bad_row: str, run: Run) -> list[Pair]:
+    """Preference pairs of a user's source, the mapping found said aloud. Raises InputError when none was named."""
+    if not source:
+        raise InputError(f"--{option} is missing: name a file, a data set folder or hub name, or seed:train")
+    return _said(load_pairs(source, on_bad_row=on_bad_row), run)
+
+
+def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair], list[Pair]]:
+    """The offline pairs and the held-out pairs with the model's token ids, the latter with its log-probabilities too.
+
+    Without `cfg.held_out` a tenth of the pairs (256 at most) is held out by prompt and never trained on.
+    """
+    from prefloop.train.reference import with_reference_logps
+
+    offline = run.stage("data/pairs", tokenise, load(cfg.pairs, "pairs", cfg.on_bad_row, run), model)
+    if cfg.held_out:
+        held_out = run.stage("data/held_out", tokenise, load(cfg.held_out, "held-out", cfg.on_bad_row, run), model)
+    else:
+        offline, held_out = hold_out(offline, min(256, len(offline) // 10), seed=derive_seed(cfg.seed, "held out"))
+    return offline, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
+
+
+def load_or_reuse(source: str, pairs: Sequence[Pair], on_bad_row: str, run: Run) -> list[Prompt]:
+    """The prompts of a user's source, or those of the pairs, each once, when none was named."""
+    return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else prompts_of(pairs)
+
+
+def _said(loaded: Loaded, run: Run) -> list[Any]:
+    run.note(f"{loaded.source}: {len(loaded.records)} rows; {loaded.mapping.describe()}")
+    if loaded.bad_rows:
+        run.note(f"{loaded.source}: {len(loaded.bad_rows)} rows skipped, the first: {loaded.bad_rows[0].reason}")
+    return loaded.records
+
+
+def look_at(run: Run, start: ModelRef, held_out: Sequence[Pair], cfg: Any, label: str, model: ModelRef) -> None:
+    """Answers of `model` to held-out prompts and its figures beside the start model; the same seeds for every model."""
+    prompts = some(prompts_of(held_out), cfg.look_at.answers, derive_seed(cfg.seed, "look at"))
+    seed = derive_seed(cfg.seed, "answers")
+    answers = run.stage(
+        f"{label}/answers", sample, model, prompts, k=1, sampling=cfg.sampling, seed=seed, compute=cfg.compute
+    )
+    run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=cfg.beta, compute=cfg.compute)
+
+
+def conclude(run: Run, model: ModelRef) -> ModelRef:
+    """The final model with its card as RUN/model, and the report."""
+    folder = run.stage("model", export, model, model_card(read_story(run.path)))
+    write_report(read_story(run.path))
+    return ModelRef.of(folder.path)
+
+
+def export(model: ModelRef, card: str, *, stage: Stage) -> Path:
+    """The final model as an ordinary transformers folder with its card."""
+    assert stage.output is not None
+    copy_model(model, stage.output)
+    write_atomically(stage.output / "README.md", card)
+    return stage.output
+
+
+def run_in_folder(recipe: str, method: Callable[[Any, Run], ModelRef], cfg: Config, out: Path) -> None:
+    """Run a recipe in its run folder, then print the table and where everything is."""
+    console = Console(stderr=True)
+    with Run.open(out, recipe=recipe, config=cfg, console=console) as run:
+        model = method(cfg, run)
+    story = read_story(out)
+    seconds = sum(entry["seconds"] for entry in story.stages.values())
+    Console().print(terminal_table(story))
+    print(f"report  {out / 'report.md'}\nmodel   {model.path}\nstages  {seconds:.0f} s in all")

@@ -1,0 +1,53 @@
+"""The model card that goes into a trained model's folder."""
+
+import re
+
+import yaml
+
+from prefloop.report.story import Story
+from prefloop.report.table import markdown_table
+
+
+def model_card(story: Story) -> str:
+    """A card in the hub's format: front matter, how it was made, with what data and seeds, and the figures.
+
+    It holds no time and no path, so that the same run writes the same card.
+    """
+    start = str(story.config.get("policy", ""))
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prefloop", story.recipe, "dpo", "preference-optimization"],
+        **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
+    }
+    options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
+    versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
+                         if story.environment.get(name))  # fmt: skip
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {start or "model"} aligned with {story.recipe}
+
+Trained with [prefloop](https://pypi.org/project/prefloop/) by the recipe `{story.recipe}`, from `{start}`, on the
+pairs `{story.config.get("pairs")}`, with seed {story.config.get("seed")}. Made with {versions}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## Figures
+
+Held-out pairs: `{story.config.get("held_out")}`.
+
+{markdown_table(story)}
+
+## All options
+
+```yaml
+{options.strip()}
+```
+"""

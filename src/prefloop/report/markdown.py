@@ -1,0 +1,117 @@
+"""`report.md`: what was run, what came out, before and after, where the drops and the time went."""
+
+from pathlib import Path
+from typing import Any
+
+from prefloop.records import Prompt
+from prefloop.report.plots import plot_alpha, plot_training
+from prefloop.report.story import Round, Story
+from prefloop.report.table import markdown_table
+from prefloop.run import write_atomically
+
+
+def write_report(story: Story) -> Path:
+    """Write report.md and its plots into the run folder; returns the report's path."""
+    plots = []
+    if plot_alpha(story, story.path / "alpha.png"):
+        plots.append("![length gap against alpha](alpha.png)")
+    if plot_training(story, story.path / "training.png"):
+        plots.append("![training](training.png)")
+    shown = int(story.config.get("look_at", {}).get("shown", 0))
+    parts = [
+        f"# {story.recipe}: {story.path.name}",
+        _what(story),
+        "## Figures by round\n\n" + markdown_table(story),
+        *(["## Curves\n\n" + "\n\n".join(plots)] if plots else []),
+        _readings(story),
+        _before_and_after(story.rounds, shown),
+        _counts(story),
+        _time(story),
+    ]
+    path = story.path / "report.md"
+    write_atomically(path, "\n\n".join(part for part in parts if part) + "\n")
+    return path
+
+
+def _what(story: Story) -> str:
+    config = story.config
+    rows = [
+        ("start", config.get("policy")),
+        ("reference", config.get("reference")),
+        ("pairs", config.get("pairs")),
+        ("held out", config.get("held_out")),
+        ("seed", config.get("seed")),
+        ("model", "model/"),
+        ("all options", "config.yaml"),
+        ("stages, hashes, versions", "manifest.json"),
+    ]
+    return "\n".join(f"- {name}: `{value}`" for name, value in rows if value not in (None, ""))
+
+
+def _readings(story: Story) -> str:
+    """Plain words where a known pattern shows."""
+    lines = []
+    looked = [round for round in story.rounds if round.checkup]
+    for round in looked:
+        checkup = round.checkup
+        assert checkup is not None
+        if checkup.chosen_change is not None and checkup.rejected_change is not None:
+            if checkup.chosen_change < 0 and checkup.rejected_change < checkup.chosen_change:
+                lines.append(
+                    f"- {round.label}: chosen and rejected both became less likely, rejected more so. DPO trains the "
+                    "difference, so this is expected; when the fall of chosen is large, train for fewer steps or "
+                    "raise beta."
+                )
+        if checkup.accuracy and round.label != "start" and checkup.accuracy[1] <= 0.5 <= checkup.accuracy[2]:
+            lines.append(
+                f"- {round.label}: the accuracy interval contains 1/2, so with {checkup.pairs} held-out pairs the "
+                "implicit reward cannot be told from a coin; more pairs or more training would say more."
+            )
+        if checkup.finished is not None and checkup.finished < 0.7:
+            lines.append(
+                f"- {round.label}: {100 * (1 - checkup.finished):.0f} % of the answers hit the limit of new tokens; "
+                "unfinished answers never become pairs: raise sampling.max_new_tokens."
+            )
+    return "## What it means\n\n" + "\n".join(lines) if lines else ""
+
+
+def _text(prompt: Prompt) -> str:
+    if len(prompt.messages) == 1:
+        return prompt.messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
+
+
+def _quoted(text: str) -> str:
+    """A model's text as an indented block: no mark-up in it takes effect."""
+    return "\n".join("    " + line for line in text.splitlines() or ["(empty)"])
+
+
+def _before_and_after(rounds: list[Round], shown: int) -> str:
+    answered = [round for round in rounds if round.answers]
+    if len(answered) < 2 or not shown:
+        return ""
+    parts = ["## Before and after", "Held-out prompts, the same seed for every model."]
+    for position, group in enumerate(answered[0].answers[:shown]):
+        parts.append(f"### {position + 1}\n\n{_quoted(_text(group.prompt))}")
+        for round in (answered[0], answered[-1]):
+            response = round.answers[position].responses[0]
+            cut = "" if response.finish_reason == "stop" else ", cut at the limit"
+            parts.append(f"**{round.label}** ({response.length_chars} characters{cut})\n\n{_quoted(response.text)}")
+    return "\n\n".join(parts)
+
+
+def _counts(story: Story) -> str:
+    lines = [
+        f"| {name} | {reason} | {n} |"
+        for name, entry in story.stages.items()
+        for reason, n in (entry.get("counts") or {}).items()
+    ]
+    return "\n".join(["## Kept and dropped", "", "| stage | what | count |", "|---|---|---:|", *lines]) if lines else ""
+
+
+def _time(story: Story) -> str:
+    entries: list[tuple[str, dict[str, Any]]] = list(story.stages.items())
+    total = sum(entry["seconds"] for _, entry in entries)
+    lines = [f"| {name} | {entry['seconds']:.1f} |" for name, entry in entries if entry["seconds"] >= 0.1]
+    table = ["## Time", "", "| stage | seconds |", "|---|---:|", *lines, f"| **all stages** | **{total:.1f}** |"]
+    return "\n".join(table)

@@ -1,0 +1,75 @@
+"""The plots of a report, as PNG files. Same run, same bytes."""
+
+from pathlib import Path
+
+from prefloop.report.story import Story
+
+# Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+
+
+def plot_alpha(story: Story, file: Path) -> bool:
+    """Mean length gap against the length coefficient, a line per round. False when no round has one."""
+    rounds = [round for round in story.rounds if round.length and round.length.curve]
+    if not rounds:
+        return False
+    figure, axes = _axes(1)
+    for colour, round in zip(COLOURS, rounds, strict=False):
+        assert round.length is not None
+        alphas, gaps = zip(*round.length.curve, strict=True)
+        axes[0].step(alphas, gaps, where="post", color=colour, label=round.label)
+        axes[0].plot([round.length.alpha], [round.length.gap], "o", color=colour)
+    axes[0].axhline(0, color="grey", linewidth=0.8)
+    unit = rounds[0].length.unit if rounds[0].length else "chars"
+    largest = max(round.length.alpha for round in rounds if round.length)
+    axes[0].set_xlim(0, 3 * largest if largest > 0 else None)
+    axes[0].set(xlabel=f"length coefficient alpha (nats per {unit[:-1]})", ylabel=f"winner - loser, mean ({unit})")
+    axes[0].set_title("Length gap of best against worst; the dot is the alpha used")
+    axes[0].legend()
+    _save(figure, file)
+    return True
+
+
+def plot_training(story: Story, file: Path) -> bool:
+    """Loss, margin and log-probability changes by step, rounds one after another. False when nothing was trained."""
+    rounds = [round for round in story.rounds if round.training]
+    if not rounds:
+        return False
+    figure, axes = _axes(3)
+    offset = 0
+    for colour, round in zip(COLOURS, rounds, strict=False):
+        steps = [row for row in round.training if "loss" in row]
+        looks = [row for row in round.training if "validation" in row]
+        x = [offset + row["step"] for row in steps]
+        for axis, name in ((axes[0], "loss"), (axes[1], "margin")):
+            axis.plot(x, [row[name] for row in steps], color=colour, label=round.label)
+            axis.plot([offset + row["step"] for row in looks], [row["validation"][name] for row in looks], "s",
+                      color=colour, markersize=4)  # fmt: skip
+        axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
+        axes[2].plot(x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected")
+        offset += max(row["step"] for row in steps)
+    axes[0].set(title="Loss (squares: validation pairs)", xlabel="step", ylabel="nats")
+    axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")
+    axes[2].set(title="Log-probability change in the round", xlabel="step", ylabel="nats a response")
+    for axis in axes:
+        axis.legend(fontsize=7)
+    _save(figure, file)
+    return True
+
+
+def _axes(n: int):  # noqa: ANN202 - matplotlib is imported only where a plot is made
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * n if n > 1 else 7, 3.6), layout="constrained")
+    return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
+
+
+def _save(figure, file: Path) -> None:  # noqa: ANN001
+    import io
+
+    from prefloop.run import write_atomically
+
+    buffer = io.BytesIO()
+    # Without the Software entry the bytes would change with matplotlib's version string only.
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    write_atomically(file, buffer.getvalue())

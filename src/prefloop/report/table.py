@@ -1,0 +1,73 @@
+"""The table of a run: one row per model, the same figures in the terminal, the report and the model card."""
+
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from prefloop.evaluate.checkup import Checkup
+from prefloop.report.story import Round, Story
+
+
+def _interval(value: tuple[float, float, float] | None, pattern: str = "{:.2f}") -> str:
+    return "-" if value is None else f"{pattern} [{pattern}, {pattern}]".format(*value)
+
+
+def _number(value: float | None, pattern: str = "{:+.1f}") -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def _of(round: Round, read: Callable[[Checkup], str]) -> str:
+    return "-" if round.checkup is None else read(round.checkup)
+
+
+COLUMNS: list[tuple[str, str, Callable[[Round], str]]] = [
+    ("model", "", lambda r: r.label),
+    ("alpha", "length coefficient, in nats per unit of length", lambda r: f"{r.length.alpha:.4g}" if r.length else "-"),
+    (
+        "length gap",
+        "mean length of winners minus losers, at alpha = 0 and at the alpha used",
+        lambda r: f"{r.length.gap_at_zero:+.1f} to {r.length.gap:+.1f} {r.length.unit}" if r.length else "-",
+    ),
+    (
+        "held-out accuracy",
+        "share of held-out pairs that beta (log pi - log pi_start) ranks as labelled, with its 95 % interval",
+        lambda r: _of(r, lambda c: _interval(c.accuracy)),
+    ),
+    ("margin", "its mean margin, in reward units", lambda r: _of(r, lambda c: _number(c.margin and c.margin[0], "{:+.3f}"))),
+    (
+        "answer length",
+        "mean characters of own answers to held-out prompts",
+        lambda r: _of(r, lambda c: _number(c.length_chars and c.length_chars[0], "{:.0f}")),
+    ),
+    ("chosen", "change of the summed log-probability of held-out chosen responses since the start, in nats",
+     lambda r: _of(r, lambda c: _number(c.chosen_change))),
+    ("rejected", "the same for rejected responses", lambda r: _of(r, lambda c: _number(c.rejected_change))),
+    (
+        "KL / token",
+        "drift from the start model, in nats a token of own answers",
+        lambda r: _of(r, lambda c: _number(c.kl_per_token and c.kl_per_token[0], "{:.4f}")),
+    ),
+]  # fmt: skip
+
+
+def cells(rounds: Sequence[Round]) -> list[list[str]]:
+    """The table's rows; columns that say nothing for any round are "-" throughout."""
+    return [[read(round) for _, _, read in COLUMNS] for round in rounds]
+
+
+def markdown_table(story: Story) -> str:
+    """The table in Markdown, with what each column means below it."""
+    lines = ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells(story.rounds)]
+    legend = [f"- **{name}**: {meaning}" for name, meaning, _ in COLUMNS if meaning]
+    return "\n".join([*lines, "", *legend])
+
+
+def terminal_table(story: Story) -> Table:
+    """The table for a terminal."""
+    table = Table(title=f"{story.recipe}: {story.path}", title_justify="left")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
+    for row in cells(story.rounds):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,285 @@
+"""Training rounds on a tiny real model: closed forms, invariances, resume to the same bytes, broken things stopped."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefloop.data.chat import ChatFormat
+from prefloop.errors import CheckFailed, InputError
+from prefloop.models import ModelRef, load_tokenizer
+from prefloop.records import Pair, Prompt, Response
+from prefloop.run import Run
+from prefloop.train.config import Compute, Lora, Train
+from prefloop.train.learner import Learner, batch_of_step, fit
+from prefloop.train.losses import dpo
+from prefloop.train.reference import logps_under, with_reference_logps
+from tests.tiny import save_tiny_model
+
+COMPUTE = Compute(device="cpu", dtype="float32")
+TRAIN = Train(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=2, validation_pairs=0, checkpoint_every=2,
+              validate_every=2)  # fmt: skip
+WORDS = ["red", "green tea", "a long walk home", "no", "yes, but later", "seven", "ask again"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    return ModelRef.of(save_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def pairs(policy: ModelRef) -> list[Pair]:
+    chat = ChatFormat(load_tokenizer(policy))
+    made = [
+        Pair(
+            prompt=Prompt.of(f"Question {i}: what is best?", id=f"p{i}"),
+            chosen=chat.with_token_ids(Response(text=WORDS[i])),
+            rejected=chat.with_token_ids(Response(text=WORDS[(i + 3) % 7] * 2)),
+        )
+        for i in range(7)
+    ]
+    return with_reference_logps(made, policy, compute=COMPUTE)
+
+
+def new_learner(policy: ModelRef, pairs: list[Pair], config: Train = TRAIN, compute: Compute = COMPUTE) -> Learner:
+    return Learner(policy, pairs, loss=partial(dpo, beta=0.1), beta=0.1, config=config, compute=compute, seed=0)
+
+
+def train(folder: Path, policy: ModelRef, pairs: list[Pair], config: Train = TRAIN) -> Path:
+    with Run.open(folder, recipe="test", config=config) as run:
+        made = run.stage("model", fit, policy, pairs, pairs[:2], loss=partial(dpo, beta=0.1), beta=0.1, config=config,
+                         compute=COMPUTE, seed=5)  # fmt: skip
+    return made.path
+
+
+def test_d1_first_step_reports_ln_2_and_no_margin(policy: ModelRef, pairs: list[Pair]) -> None:
+    row = new_learner(policy, pairs).step(pairs[:3], 0)
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["margin"] == pytest.approx(0, abs=1e-5)
+    assert row["learning_rate"] == pytest.approx(5e-4)
+
+
+def test_a_step_does_not_depend_on_how_memory_cuts_the_batch(policy: ModelRef, pairs: list[Pair]) -> None:
+    whole = new_learner(policy, pairs)
+    cut = new_learner(policy, pairs, compute=Compute(device="cpu", tokens_per_forward=1))
+    rows = [whole.step(pairs, 0), cut.step(pairs, 0)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-6)
+    for (name, a), (_, b) in zip(whole.trained, cut.trained, strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) -> None:
+    # At h = 0 the gradient of a pair's loss is -beta/2 times that of its h (D2); before clipping, averaged over pairs.
+    learner = new_learner(policy, pairs, TRAIN.replace(max_grad_norm=1e9))
+    learner.step(pairs[:3], 0)
+    found = {name: weight.grad.clone() for name, weight in learner.trained if weight.grad is not None}
+    fresh = new_learner(policy, pairs)
+    h = fresh._logps(pairs[:3], fresh._groups(pairs[:3])).h
+    (-0.05 * h.mean()).backward()
+    for name, weight in fresh.trained:
+        assert weight.grad is not None
+        assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_training_raises_chosen_over_rejected(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", policy, pairs, TRAIN.replace(steps=12))
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    steps = [row for row in log if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.01
+    looks = [row for row in log if "validation" in row]
+    assert [row["step"] for row in looks] == [2, 4, 6, 8, 10, 12]
+    trained = ModelRef.of(folder)
+    items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+    margins = [
+        (new[0] - old[0]) - (new[1] - old[1])
+        for new, old in zip(logps_under(trained, items, compute=COMPUTE), [p.reference_logps for p in pairs], strict=True)
+        if old is not None
+    ]
+    assert sum(margin > 0 for margin in margins) >= 6
+
+
+def test_d17_the_start_model_is_left_as_it_was(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+    train(tmp_path / "run", policy, pairs)
+    assert ModelRef.of(policy.path).fingerprint == policy.fingerprint
+
+
+def test_the_trained_folder_is_an_ordinary_transformers_folder(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path
+) -> None:
+    folder = train(tmp_path / "run", policy, pairs)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config._attn_implementation != "prefloop_shared_prefix"
+    assert "prefloop" not in (folder / "config.json").read_text()
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    before, after = load_file(policy.path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_round_that_stops_ends_in_the_same_bytes(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, rank: int
+) -> None:
+    config = TRAIN.replace(lora=Lora(rank=rank).model_dump())
+    whole = train(tmp_path / "whole", policy, pairs, config)
+    step = Learner.step
+
+    def stopping(self: Learner, batch: list[Pair], number: int) -> dict[str, float]:
+        if number == stop_at:
+            raise Stop
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Learner, "step", stopping)
+    with pytest.raises(Stop):
+        train(tmp_path / "stopped", policy, pairs, config)
+    monkeypatch.undo()
+    stopped = train(tmp_path / "stopped", policy, pairs, config)
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (stopped / "training_log.jsonl").read_bytes() == (whole / "training_log.jsonl").read_bytes()
+
+
+def stopped_after_checkpoint(folder: Path, policy: ModelRef, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder with a checkpoint after step 2; returns the checkpoint."""
+    step = Learner.step
+
+    def stopping(self: Learner, batch: list[Pair], number: int) -> dict[str, float]:
+        if number == 2:
+            raise Stop
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Learner, "step", stopping)
+    with pytest.raises(Stop):
+        train(folder, policy, pairs)
+    monkeypatch.undo()
+    (checkpoint,) = folder.rglob("checkpoint-2")
+    return checkpoint
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = stopped_after_checkpoint(tmp_path / "run", policy, pairs, monkeypatch)
+    file = checkpoint / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"optimizer\.pt is truncated: \d+ bytes, expected \d+; delete"):
+        train(tmp_path / "run", policy, pairs)
+
+
+def test_a_changed_checkpoint_is_refused_by_name(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = stopped_after_checkpoint(tmp_path / "run", policy, pairs, monkeypatch)
+    file = checkpoint / "weights.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"weights\.pt was changed"):
+        train(tmp_path / "run", policy, pairs)
+
+
+def test_lora_trains_adapters_only_and_saves_a_merged_model(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+    config = TRAIN.replace(lora__rank=2)
+    learner = new_learner(policy, pairs, config)
+    assert learner.trained and all("lora_" in name for name, _ in learner.trained)
+    folder = train(tmp_path / "run", policy, pairs, config)
+    before, after = load_file(policy.path / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name for name in changed)
+    assert not list(folder.glob("adapter*"))
+
+
+def test_another_models_reference_is_found_out_at_step_0(policy: ModelRef, pairs: list[Pair]) -> None:
+    wrong = [p.model_copy(update={"reference_logps": (p.reference_logps[0] + 3, p.reference_logps[1])}) for p in pairs
+             if p.reference_logps]  # fmt: skip
+    with pytest.raises(CheckFailed, match=r"prompt 'p\d' has h = -3\.0\d* nats"):
+        new_learner(policy, pairs).step(wrong[:3], 0)
+
+
+def test_a_weight_without_gradient_stops_the_run(policy: ModelRef, pairs: list[Pair]) -> None:
+    learner = new_learner(policy, pairs)
+    learner.trained.append(("forgotten.weight", torch.nn.Parameter(torch.zeros(2))))
+    with pytest.raises(CheckFailed, match=r"1 trainable weights got no gradient .*forgotten\.weight"):
+        learner.step(pairs[:3], 0)
+
+
+def test_a_nan_names_its_prompts(policy: ModelRef, pairs: list[Pair]) -> None:
+    learner = new_learner(policy, pairs)
+    broken = [pairs[0].model_copy(update={"weight": float("nan")}), pairs[1]]
+    with pytest.raises(CheckFailed, match="gradient of step 1 is not finite; its pairs are those of prompts p0, p1"):
+        learner.step(broken, 0)
+
+
+def test_no_pairs_is_an_error(policy: ModelRef, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="no pairs to train on"):
+        train(tmp_path / "run", policy, [])
+
+
+def test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_step() -> None:
+    order = [i for step in range(6) for i in batch_of_step(9, 3, step, seed=1)]
+    assert sorted(order[:9]) == sorted(order[9:18]) == list(range(9))
+    assert order[:9] != order[9:18]
+    assert batch_of_step(9, 3, 4, seed=1) == order[12:15]
+    assert batch_of_step(9, 3, 4, seed=2) != order[12:15]
+    # A batch may run across the end of an epoch.
+    assert len(batch_of_step(2, 5, 0, seed=1)) == 5
+
+
+def test_warm_up_is_linear_then_constant(policy: ModelRef, pairs: list[Pair]) -> None:
+    learner = new_learner(policy, pairs, TRAIN.replace(warmup_steps=4))
+    assert [learner.learning_rate(step) for step in range(6)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert new_learner(policy, pairs, TRAIN.replace(warmup_steps=0)).learning_rate(0) == 1e-3
+
+
+def test_known_references_are_kept_and_missing_ones_computed(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+    marked = pairs[0].model_copy(update={"reference_logps": (-1.0, -2.0)})
+    other = pairs[1].model_copy(update={"reference_logps": (-1.0, -2.0), "reference": "another model"})
+    with Run.open(tmp_path / "run", recipe="test", config=TRAIN) as run:
+        done = run.stage("pairs", with_reference_logps, [marked, other], policy, compute=COMPUTE)
+    assert done[0].reference_logps == (-1.0, -2.0)
+    assert done[1].reference_logps == pytest.approx(pairs[1].reference_logps, abs=1e-4)
+    assert all(pair.reference == policy.fingerprint for pair in done)
+
+
+def test_scoring_continues_after_a_kill_with_the_same_numbers(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefloop.train.reference as reference
+
+    compute = Compute(device="cpu", tokens_per_forward=1)
+    bare = [pair.model_copy(update={"reference_logps": None, "reference": None}) for pair in pairs]
+
+    def scored(folder: Path) -> bytes:
+        with Run.open(folder, recipe="test", config=TRAIN) as run:
+            return run.stage("pairs", with_reference_logps, bare, policy, compute=compute).path.read_bytes()
+
+    whole = scored(tmp_path / "whole")
+    calls = []
+
+    def counting(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Stop
+        return response_logps(*args, **kwargs)  # type: ignore[arg-type]
+
+    response_logps = reference.response_logps
+    monkeypatch.setattr(reference, "response_logps", counting)
+    with pytest.raises(Stop):
+        scored(tmp_path / "stopped")
+    (partial_file,) = (tmp_path / "stopped").rglob("logps-*.jsonl")
+    partial_file.write_text(partial_file.read_text() + '[[5, [-1.')  # the line that the kill cut
+    assert scored(tmp_path / "stopped") == whole
+    assert len(calls) == 4 + 4  # three rows were kept, four computed
+
+

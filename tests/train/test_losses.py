@@ -1,0 +1,71 @@
+"""Closed forms of the DPO loss: D1, D2, D14, D16 of the dossier."""
+
+import math
+
+import pytest
+import torch
+
+from prefloop.train.losses import PairLogps, dpo, pair_metrics
+
+
+def logps_with(h: torch.Tensor) -> PairLogps:
+    zero = torch.zeros_like(h)
+    return PairLogps(h - 30.0, zero - 40.0, zero - 30.0, zero - 40.0)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_d1_loss_before_the_first_update_is_ln_2(beta: float) -> None:
+    logps = logps_with(torch.zeros(3))
+    assert dpo(logps, beta=beta).tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
+    metrics = pair_metrics(logps, beta=beta)
+    assert metrics.margin.tolist() == [0, 0, 0]
+    assert metrics.correct.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_d2_slope_at_zero_is_minus_half_beta(beta: float) -> None:
+    h = torch.zeros(1, requires_grad=True)
+    dpo(logps_with(h), beta=beta).sum().backward()
+    assert h.grad is not None and h.grad.item() == pytest.approx(-beta / 2, rel=1e-6)
+
+
+def test_d16_swapping_chosen_and_rejected_adds_beta_h() -> None:
+    h = torch.linspace(-50, 50, 11, dtype=torch.float64)
+    a = logps_with(h)
+    b = PairLogps(a.policy_rejected, a.policy_chosen, a.reference_rejected, a.reference_chosen)
+    assert torch.allclose(dpo(a, beta=0.3) - dpo(b, beta=0.3), -0.3 * h, atol=1e-12)
+
+
+def test_d14_margins_of_both_orders_cancel() -> None:
+    a = logps_with(torch.tensor([3.5, -2.0]))
+    b = PairLogps(a.policy_rejected, a.policy_chosen, a.reference_rejected, a.reference_chosen)
+    assert (pair_metrics(a, beta=0.1).margin + pair_metrics(b, beta=0.1).margin).tolist() == [0, 0]
+
+
+def test_known_value_away_from_zero() -> None:
+    # h = 4, beta = 0.1: -log sigmoid(0.4) = 0.513015 (dossier, 2.2)
+    assert dpo(logps_with(torch.tensor([4.0])), beta=0.1).item() == pytest.approx(0.513015, abs=1e-6)
+
+
+def test_a_soft_label_mixes_both_orders_and_a_half_has_no_slope_at_zero() -> None:
+    h = torch.tensor([2.0], requires_grad=True)
+    expected = 0.7 * dpo(logps_with(h), beta=0.5) + 0.3 * dpo(logps_with(-h), beta=0.5)
+    assert torch.allclose(dpo(logps_with(h), beta=0.5, p=torch.tensor([0.7])), expected)
+    zero = torch.zeros(1, requires_grad=True)
+    dpo(logps_with(zero), beta=0.5, p=0.5).sum().backward()
+    assert zero.grad is not None and zero.grad.item() == 0.0
+
+
+def test_weight_scales_each_pair() -> None:
+    logps = logps_with(torch.tensor([1.0, 1.0]))
+    one, three = dpo(logps, weight=torch.tensor([1.0, 3.0])).tolist()
+    assert three == pytest.approx(3 * one)
+
+
+def test_metrics_report_changes_against_the_reference() -> None:
+    logps = PairLogps(torch.tensor([-9.0]), torch.tensor([-25.0]), torch.tensor([-10.0]), torch.tensor([-20.0]))
+    metrics = pair_metrics(logps, beta=0.1)
+    assert metrics.chosen_change.tolist() == [1.0]
+    assert metrics.rejected_change.tolist() == [-5.0]
+    assert metrics.margin.item() == pytest.approx(0.6)
+    assert metrics.correct.tolist() == [1.0]
