@@ -72,7 +72,9 @@ def main() -> None:
             name: interval([row[name] for row in figures])
             for name in ("gap_alpha_star", "length_start", "length_alpha0", "length_alpha_star")
         },
-        "nll_by_gamma": {gamma: interval([row["nll_by_gamma"][gamma] for row in figures]) for gamma in ("0", "0.5", "1")},
+        "nll_by_gamma": {
+            gamma: interval([row["nll_by_gamma"][gamma] for row in figures]) for gamma in ("0", "0.5", "1")
+        },
         "nll_start": interval([row["nll_start"] for row in figures]),
         "seeds": cfg.seeds,
     }
@@ -98,7 +100,7 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
 
     def trained(name: str, policy: ModelRef, pairs: list[Pair]) -> ModelRef:
-        return dpo_round(run.named(f"{label}/{name}"), policy, policy, pairs, beta=0.1, train=train, compute=compute,
+        return dpo_round(run.part(f"{label}/{name}"), policy, policy, pairs, beta=0.1, train=train, compute=compute,
                          seed=seed)  # fmt: skip
 
     policy = trained("pi-0", start, offline)
@@ -142,7 +144,7 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     }
 
 
-def run_stage(run: Run, label: str, name: str, *args: object, **kwargs: object):  # noqa: ANN201 - whatever the stage returns
+def run_stage(run: Run, label: str, name: str, *args: object, **kwargs: object):
     return run.stage(f"{label}/{name}", *args, **kwargs)  # type: ignore[arg-type]
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 8
 
-The demo runs at a small size on the real small model (or on --policy). Each kill is SIGKILL, at a random moment inside a
-stage: sampling, scoring, pairs, training and saving are all among them. Compared are the final weights and every
+The demo runs at a small size on the real small model (or on --policy). Each kill is SIGKILL, at a random moment inside
+a stage: sampling, scoring, pairs, training and saving are all among them. Compared are the final weights and every
 artifact in the manifest, and the report without its table of times. Prints, last, one line of JSON.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 SMALL = """
 --k 4 --prompts-per-round 6 --filters.min-valid 2 --sampling.max-new-tokens 32 --look-at.answers 4 --look-at.shown 2
 --start.steps 4 --start.batch-size 2 --start.checkpoint-every 1 --start.validation-pairs 2
---train.steps 4 --train.batch-size 2 --train.checkpoint-every 1 --train.validation-pairs 2 --compute.sequences-per-batch 8
+--train.steps 4 --train.batch-size 2 --train.checkpoint-every 1 --train.validation-pairs 2
+--compute.sequences-per-batch 8
 """.split()  # fmt: skip
 
 # Where the kills fall, in the order of the run; each at a random moment of the stage. `saving` waits for the event that
@@ -95,7 +96,7 @@ def events(out: Path) -> list[dict]:
 
 
 def kill_once(policy: str, out: Path, name: str, moment: str, *, delay: float) -> bool:
-    """Run until the moment in the stage, wait `delay` (a saving lasts about a second), and kill. False if it was over."""
+    """Run until that moment of the stage, wait `delay` (a saving lasts about a second), kill. False if it was over."""
     before = len(events(out))
     process = start(policy, out)
     wanted = "saving" if moment == "saving" else "started"

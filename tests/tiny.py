@@ -45,8 +45,9 @@ TEMPLATES: dict[str | None, str | None] = {"chatml": CHATML, "llama3": LLAMA3, "
 def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerFast:
     """A byte-level tokenizer (256 byte tokens, then specials) with the manners of a model family.
 
-    "chatml": SmolLM2 and Qwen, BOS opens every turn. "llama3": the template writes the BOS, and encoding plain text adds
-    one too. "zephyr": encoding plain text adds a BOS, the template writes none; EOS ends a turn. None: no template, no BOS.
+    "chatml": SmolLM2 and Qwen, BOS opens every turn. "llama3": the template writes the BOS, and encoding plain text
+    adds one too. "zephyr": encoding plain text adds a BOS, the template writes none; EOS ends a turn. None: no template
+    and no BOS.
     """
     # Sorted: the alphabet comes in an order that changes from process to process.
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -99,9 +100,8 @@ def save_tiny_model(folder: Path, seed: int = 0, template: Template | None = "ch
     tokenizer = tiny_tokenizer(template)
     model = tiny_llama(len(tokenizer), seed=seed)
     for config in (model.config, model.generation_config):
-        assert config is not None
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

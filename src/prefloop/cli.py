@@ -88,10 +88,9 @@ def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Conf
     markers = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
     try:
         with redirect_stderr(shown):
+            cli: Any = tyro.cli  # its overloads do not know a default that may be absent
             given = {} if default is None else {"default": default}
-            parsed, unknown = tyro.cli(
-                config, prog=prog, args=list(args), config=markers, return_unknown_args=True, **given
-            )
+            parsed, unknown = cli(config, prog=prog, args=list(args), config=markers, return_unknown_args=True, **given)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -110,8 +109,10 @@ def option_names(config: type[Config], prefix: str = "--") -> list[str]:
     for name, field in config.model_fields.items():
         option = prefix + name.replace("_", "-")
         kind = field.annotation
-        nested = isinstance(kind, type) and issubclass(kind, Config)
-        names += option_names(kind, option + ".") if nested else [option]
+        if isinstance(kind, type) and issubclass(kind, Config):
+            names += option_names(kind, option + ".")
+        else:
+            names.append(option)
     return names
 
 
@@ -119,6 +120,11 @@ def one_line(box: str) -> str:
     """The message of a framed error text, without its frame and without the help text below it."""
     message = re.split(r"─{8,}\s*│|Argument helptext|For full helptext", box.replace("\n", " \n"), maxsplit=2)
     text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", " ".join(message[:2])).split())
+    refused = re.search(r"validation errors? for \w+ (\S+) (.+?) \[type=[^,]+, input_value=(.+?), input_type=", text)
+    if refused:
+        name, reason, value = refused.groups()
+        own = reason.removeprefix("Value error, ")
+        return own if own != reason else f"{name.replace('_', '-')} = {value}: {reason[0].lower()}{reason[1:]}"
     return re.sub(r"^(Value error|Invalid choice|Missing argument|Required options|Parsing error)\s+", "", text)
 
 
@@ -223,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
+        sys.stderr.close()
+        return 0
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -22,7 +22,7 @@ from prefloop.pairs.filters import keep_finished, keep_scored
 from prefloop.pairs.replay import mix
 from prefloop.pairs.select import best_vs_worst, debias_length
 from prefloop.recipes.dice import Filters, find_coefficient
-from prefloop.recipes.steps import load, two_models, with_token_ids
+from prefloop.recipes.steps import encode, load, two_models
 from prefloop.records import Record
 from prefloop.run import Run, write_atomically
 from prefloop.sample.sampling import Sampling
@@ -33,12 +33,12 @@ from prefloop.train.config import Compute
 class SampleOptions(Config):
     """K answers of a model to every prompt of a file, as groups: one JSON line a prompt."""
 
-    policy: str = Field("", description="hub id, folder, .gguf file or smollm2-135m")
-    prompts: str = Field("", description="prompts: a file, a data set folder or hub name, or seed:train")
-    out: str = Field("groups.jsonl", description="the file to write")
-    k: int = Field(1, ge=1, description="answers a prompt")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
-    seed: int = Field(0, ge=0, description="of every draw")
+    policy: str = Field(default="", description="hub id, folder, .gguf file or smollm2-135m")
+    prompts: str = Field(default="", description="prompts: a file, a data set folder or hub name, or seed:train")
+    out: str = Field(default="groups.jsonl", description="the file to write")
+    k: int = Field(default=1, ge=1, description="answers a prompt")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    seed: int = Field(default=0, ge=0, description="of every draw")
     sampling: Sampling = Field(default_factory=Sampling)
     compute: Compute = Field(default_factory=Compute)
 
@@ -46,33 +46,33 @@ class SampleOptions(Config):
 class ScoreOptions(Config):
     """log pi(y|x) - log pi_ref(y|x) of every response of a file, under any two models over one tokenizer."""
 
-    file: str = Field("", description="groups, pairs, or rows with a prompt and one or several responses")
-    policy: str = Field("", description="the DPO-trained model")
-    reference: str = Field("", description="the model that it was trained from")
-    out: str = Field("scored.jsonl", description="the file to write")
+    file: str = Field(default="", description="groups, pairs, or rows with a prompt and one or several responses")
+    policy: str = Field(default="", description="the DPO-trained model")
+    reference: str = Field(default="", description="the model that it was trained from")
+    out: str = Field(default="scored.jsonl", description="the file to write")
     compute: Compute = Field(default_factory=Compute)
 
 
 class PairsOptions(Config):
     """Best against worst of scored groups, length debiased, mixed with offline pairs."""
 
-    file: str = Field("", description="scored groups, as `prefloop score` writes them")
-    out: str = Field("pairs.jsonl", description="the file to write")
-    alpha: float | Literal["auto"] = Field("auto", description="length coefficient; auto finds alpha*, 0 leaves length alone")
-    length_unit: Literal["chars", "tokens"] = Field("chars", description="unit of |y|")
+    file: str = Field(default="", description="scored groups, as `prefloop score` writes them")
+    out: str = Field(default="pairs.jsonl", description="the file to write")
+    alpha: float | Literal["auto"] = Field(default="auto", description="length coefficient; auto finds alpha*")
+    length_unit: Literal["chars", "tokens"] = Field(default="chars", description="unit of |y|")
     filters: Filters = Field(default_factory=lambda: Filters(min_valid=2))
-    offline: str = Field("", description="offline pairs to mix in")
-    replay_fraction: float = Field(0.0, ge=0, le=1, description="share of offline pairs")
-    seed: int = Field(0, ge=0, description="of the mixture")
+    offline: str = Field(default="", description="offline pairs to mix in")
+    replay_fraction: float = Field(default=0.0, ge=0, le=1, description="share of offline pairs")
+    seed: int = Field(default=0, ge=0, description="of the mixture")
 
 
 class InspectOptions(Config):
     """Rows of a prompts or pairs file as a model will see them: prompt, response and end tokens apart."""
 
-    file: str = Field("", description="prompts or pairs: a file, a data set folder or hub name, or seed:train")
-    model: str = Field("smollm2-135m", description="whose tokenizer and chat template to use")
-    rows: int = Field(3, ge=1, description="how many rows to show")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
+    file: str = Field(default="", description="prompts or pairs: a file, a data set folder or hub name, or seed:train")
+    model: str = Field(default="smollm2-135m", description="whose tokenizer and chat template to use")
+    rows: int = Field(default=3, ge=1, description="how many rows to show")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
 
 
 def sample(options: SampleOptions) -> None:
@@ -95,7 +95,7 @@ def score(options: ScoreOptions) -> None:
     def work(run: Run) -> Sequence[Record]:
         groups = read_groups(options.file)
         policy, reference = two_models(options.policy, options.reference)
-        encoded = run.stage("groups", with_token_ids, groups, policy)
+        encoded = run.stage("groups", encode, groups, policy)
         return run.stage("scored", implicit_reward, encoded, policy, reference, compute=options.compute)
 
     to_file("score", options, work)
@@ -141,7 +141,9 @@ def needed(options: Config, *names: str) -> None:
             raise InputError(f"--{name} is missing: {description}")
 
 
-def to_file(name: str, options: SampleOptions | ScoreOptions | PairsOptions, work: Callable[[Run], Sequence[Record]]) -> None:
+def to_file(
+    name: str, options: SampleOptions | ScoreOptions | PairsOptions, work: Callable[[Run], Sequence[Record]]
+) -> None:
     """Run `work` in OUT.work and write its records to OUT, whole or not at all."""
     out = Path(options.out)
     if out.exists():

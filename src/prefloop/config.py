@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from prefloop.errors import InputError, did_you_mean
 
-
 C = TypeVar("C", bound="Config")
 
 

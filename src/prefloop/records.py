@@ -82,7 +82,7 @@ class Response(Record):
 
     @property
     def length_chars(self) -> int:
-        """Unicode code points of the stripped text: the length that DICE regularises (paper Eq. 5 and released code)."""
+        """Unicode code points of the stripped text: the length that DICE regularises (Eq. 5 and released code)."""
         return len(self.text.strip())
 
     @property

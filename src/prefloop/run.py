@@ -352,7 +352,9 @@ def _write(root: Path, name: str, result: Any, stage: Stage) -> dict[str, Any]:
     elif isinstance(result, dict):
         text, kind, type_name, suffix = json.dumps(result, indent=1) + "\n", "json", None, ".json"
     else:
-        raise TypeError(f"stage {name} returned a {type(result).__name__}; expected records, a dictionary or its output")
+        raise TypeError(
+            f"stage {name} returned a {type(result).__name__}; expected records, a dictionary or its output"
+        )
     data = text.encode()
     write_atomically(root / (name + suffix), data)
     digest = hashlib.sha256(data).hexdigest()
@@ -412,7 +414,9 @@ def _lock(file: Path) -> IO[str] | None:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
         handle.close()
-        raise InputError(f"{file.parent} is in use by another prefloop process (pid {owner}); wait, or end it") from None
+        raise InputError(
+            f"{file.parent} is in use by another prefloop process (pid {owner}); wait, or end it"
+        ) from None
     handle.seek(0)
     handle.truncate()
     handle.write(str(os.getpid()))

@@ -66,7 +66,7 @@ def steps_by_brute_force(rows: Rows) -> list[tuple[Fraction, Fraction]]:
     return steps
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows_of_scores_and_lengths())
 def test_the_search_finds_the_smallest_best_alpha_of_a_brute_force_over_all_crossings(rows: Rows) -> None:
     found = length_coefficient(groups_of(rows))
@@ -76,7 +76,7 @@ def test_the_search_finds_the_smallest_best_alpha_of_a_brute_force_over_all_cros
     assert (found.alpha == 0.0) == (exact_gap(rows, Fraction(0)) == best)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows_of_scores_and_lengths())
 def test_the_search_agrees_with_a_bisection_on_the_sign_of_the_gap(rows: Rows) -> None:
     found = length_coefficient(groups_of(rows))
@@ -91,7 +91,7 @@ def test_the_search_agrees_with_a_bisection_on_the_sign_of_the_gap(rows: Rows) -
     assert abs(found.gap) == float(min(exact_gap(rows, low), abs(exact_gap(rows, high))))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows_of_scores_and_lengths())
 def test_the_curve_is_every_step_of_the_gap(rows: Rows) -> None:
     expected = steps_by_brute_force(rows)
@@ -100,7 +100,7 @@ def test_the_curve_is_every_step_of_the_gap(rows: Rows) -> None:
     assert [alpha for alpha, _ in curve] == [float(start) for start, _ in expected]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows_of_scores_and_lengths())
 def test_d5_the_gap_never_rises_with_alpha(rows: Rows) -> None:
     groups = groups_of(rows)
@@ -110,7 +110,7 @@ def test_d5_the_gap_never_rises_with_alpha(rows: Rows) -> None:
     assert all(later <= earlier for earlier, later in pairwise(gaps))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows_of_scores_and_lengths())
 def test_the_reported_gap_is_that_of_the_pairs_really_made(rows: Rows) -> None:
     groups = groups_of(rows)
@@ -122,7 +122,7 @@ def test_the_reported_gap_is_that_of_the_pairs_really_made(rows: Rows) -> None:
     assert found.mean_abs_gap == sum(map(abs, gaps)) / len(groups)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows_of_scores_and_lengths(), st.lists(st.integers(-1000, 1000), min_size=5, max_size=5))
 def test_d3_a_constant_of_the_prompt_changes_nothing(rows: Rows, constants: list[int]) -> None:
     groups = groups_of(rows)
@@ -239,7 +239,7 @@ def test_a_step_that_only_rounding_makes_is_not_used() -> None:
     assert (found.alpha, found.gap) == (0.0, 1.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_the_order_of_responses_and_of_prompts_is_irrelevant_without_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -90,7 +90,7 @@ def test_offline_pairs_of_drawn_prompts_are_not_available() -> None:
     assert sources(mix(*both, fraction=0.5, size=20, seed=5)) == (5, 5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 30), max_size=40),
     st.lists(st.integers(0, 30), max_size=40),

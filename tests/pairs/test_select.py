@@ -36,7 +36,7 @@ def test_of_equal_scores_the_first_wins_and_the_first_loses() -> None:
     assert texts([group([1.0, 2.0, 2.0, 1.0], [1, 2, 3, 4])]) == [("bb", "a")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(scores_or_none, min_size=1, max_size=4), st.floats(0, 2))
 def test_d10_the_penalised_score_of_the_chosen_is_never_below_that_of_the_rejected(rows, alpha: float) -> None:
     groups = groups_of([(scores, [3 * k + 1 for k in range(len(scores))]) for scores in rows])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefloop.data.chat import ChatFormat
@@ -19,7 +20,6 @@ from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner, batch_of_step, fit
 from prefloop.train.losses import dpo
 from prefloop.train.reference import logps_under, with_reference_logps
-from tests.tiny import save_tiny_model
 
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=2, validation_pairs=0, checkpoint_every=2,
@@ -99,7 +99,9 @@ def test_training_raises_chosen_over_rejected(policy: ModelRef, pairs: list[Pair
     items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
     margins = [
         (new[0] - old[0]) - (new[1] - old[1])
-        for new, old in zip(logps_under(trained, items, compute=COMPUTE), [p.reference_logps for p in pairs], strict=True)
+        for new, old in zip(
+            logps_under(trained, items, compute=COMPUTE), [p.reference_logps for p in pairs], strict=True
+        )
         if old is not None
     ]
     assert sum(margin > 0 for margin in margins) >= 6
@@ -150,7 +152,9 @@ def test_a_round_that_stops_ends_in_the_same_bytes(
     assert (stopped / "training_log.jsonl").read_bytes() == (whole / "training_log.jsonl").read_bytes()
 
 
-def stopped_after_checkpoint(folder: Path, policy: ModelRef, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped_after_checkpoint(
+    folder: Path, policy: ModelRef, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A run folder with a checkpoint after step 2; returns the checkpoint."""
     step = Learner.step
 
@@ -189,7 +193,9 @@ def test_a_changed_checkpoint_is_refused_by_name(
         train(tmp_path / "run", policy, pairs)
 
 
-def test_lora_trains_adapters_only_and_saves_a_merged_model(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+def test_lora_trains_adapters_only_and_saves_a_merged_model(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path
+) -> None:
     config = TRAIN.replace(lora__rank=2)
     learner = new_learner(policy, pairs, config)
     assert learner.trained and all("lora_" in name for name, _ in learner.trained)
@@ -242,7 +248,9 @@ def test_warm_up_is_linear_then_constant(policy: ModelRef, pairs: list[Pair]) ->
     assert new_learner(policy, pairs, TRAIN.replace(warmup_steps=0)).learning_rate(0) == 1e-3
 
 
-def test_known_references_are_kept_and_missing_ones_computed(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
+def test_known_references_are_kept_and_missing_ones_computed(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path
+) -> None:
     marked = pairs[0].model_copy(update={"reference_logps": (-1.0, -2.0)})
     other = pairs[1].model_copy(update={"reference_logps": (-1.0, -2.0), "reference": "another model"})
     with Run.open(tmp_path / "run", recipe="test", config=TRAIN) as run:
@@ -277,9 +285,7 @@ def test_scoring_continues_after_a_kill_with_the_same_numbers(
     monkeypatch.setattr(reference, "response_logps", counting)
     with pytest.raises(Stop):
         scored(tmp_path / "stopped")
-    (partial_file,) = (tmp_path / "stopped").rglob("logps-*.jsonl")
-    partial_file.write_text(partial_file.read_text() + '[[5, [-1.')  # the line that the kill cut
+    (partial_file,) = (tmp_path / "stopped").rglob("logps.jsonl")
+    partial_file.write_text(partial_file.read_text() + "[[5, [-1.")  # the line that the kill cut
     assert scored(tmp_path / "stopped") == whole
     assert len(calls) == 4 + 4  # three rows were kept, four computed
-
-

@@ -96,7 +96,9 @@ def test_windowed_families_take_the_padded_path_and_are_right_there(family: str)
     path, why = choose_path(model, GROUPS)
     assert path == "padded" and "padded" in why
     with torch.no_grad():
-        assert torch.allclose(response_logps(model, GROUPS, path=path), plain_logps(model, GROUPS), rtol=1e-5, atol=1e-4)
+        assert torch.allclose(
+            response_logps(model, GROUPS, path=path), plain_logps(model, GROUPS), rtol=1e-5, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", SHARED)
@@ -109,7 +111,9 @@ def test_a_model_on_which_the_shared_path_is_wrong_is_found_out(monkeypatch: pyt
     import prefloop.train.attention as attention
 
     model = small_model(SHARED["llama"])
-    monkeypatch.setattr(attention.Layout, "mask", lambda self, branch, prompt, like: like.new_zeros(branch, prompt + branch))
+    monkeypatch.setattr(
+        attention.Layout, "mask", lambda self, branch, prompt, like: like.new_zeros(branch, prompt + branch)
+    )
     path, why = choose_path(model, GROUPS)
     assert path == "padded" and "differs from the plain forward" in why
 

@@ -28,6 +28,8 @@ def test_every_item_once_and_no_row_over_the_budget(sizes: list[int], budget: in
 
 
 @pytest.mark.parametrize(("prompt", "responses"), [((), ((1,),)), ((1,), ()), ((1,), ((),))])
-def test_what_has_no_log_probability_is_refused(prompt: tuple[int, ...], responses: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="at least one|empty prompt"):
+def test_what_has_no_log_probability_is_refused(
+    prompt: tuple[int, ...], responses: tuple[tuple[int, ...], ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"at least one|empty prompt"):
         TokenGroup(prompt, responses)

@@ -1,7 +1,7 @@
 """Token ids of prompts and responses, made in one place.
 
-A prompt is rendered by the tokenizer's chat template, with the opening of the assistant's turn. A response from a file is
-tokenised apart from it and the ids are joined, so the boundary is never searched for in text. The end token is there
+A prompt is rendered by the tokenizer's chat template, with the opening of the assistant's turn. A response from a file
+is tokenised apart from it and the ids are joined, so the boundary is never searched for in text. The end token is there
 exactly when the response really ended. Ids that a model sampled are never made again from their text.
 """
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SENTINEL = "prefloop-sentinel-answer"
 """An answer that no template treats specially; what a template writes after it ends a turn."""
 
-PLAIN_NAMES = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
+PLAIN_HEADINGS = {"system": "", "user": "User:\n", "assistant": "Assistant:\n", "tool": "Tool:\n"}
+"""What stands before each message where the tokenizer has no chat template."""
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -40,6 +41,7 @@ class ChatFormat:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         self.has_template = bool(tokenizer.chat_template)
+        self.bos_token_id = cast(int | None, tokenizer.bos_token_id)
         eos = cast(int | None, tokenizer.eos_token_id)
         end = self._find_end() if self.has_template else None
         end = eos if end is None else end
@@ -123,22 +125,17 @@ class ChatFormat:
 
         The opening ends with a line end, so a stripped response begins as it would inside running text.
         """
-        parts = [
-            message["content"] if message["role"] == "system" else f"{PLAIN_NAMES[message['role']]}:\n{message['content']}"
-            for message in messages
-        ]
-        text = "\n\n".join([*parts, "Assistant:\n"])
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [self.tokenizer.bos_token_id, *ids] if self._text_begins_with_bos() else list(ids)
+        parts = [PLAIN_HEADINGS[message["role"]] + message["content"] for message in messages]
+        text = "\n\n".join([*parts, PLAIN_HEADINGS["assistant"]])
+        ids = cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
+        return [self.bos_token_id, *ids] if self.bos_token_id is not None and self._text_begins_with_bos() else ids
 
     def _text_begins_with_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer.encode("a")[:1] == [bos]
+        return self.bos_token_id is not None and self.tokenizer.encode("a")[:1] == [self.bos_token_id]
 
     def _single_bos(self, ids: list[int]) -> list[int]:
         """Without what doubles the BOS at the start. Models that open every turn with their BOS have it once there."""
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
+        while self.bos_token_id is not None and ids[:2] == [self.bos_token_id] * 2:
             ids = ids[1:]
         return ids
 
@@ -162,14 +159,14 @@ class ChatFormat:
     def _describe(self) -> str:
         end = f"end of turn {self.token(self.end_token_id)}"
         if not self.has_template:
-            begin = ", begins with " + self.token(self.tokenizer.bos_token_id) if self._text_begins_with_bos() else ""
+            begin = f", begins with {self.tokenizer.bos_token}" if self._text_begins_with_bos() else ""
             return f'no chat template: plain "User: ... Assistant: ..." form{begin}, {end}'
         messages = [{"role": "user", "content": "a"}]
         raw = self._template_ids(messages, opening=True)
         ids = self._single_bos(raw)
         said = ["chat template of the tokenizer"]
-        if ids[0] == self.tokenizer.bos_token_id:
-            said.append(f"begins with {self.token(ids[0])}")
+        if ids[0] == self.bos_token_id:
+            said.append(f"begins with {self.tokenizer.bos_token}")
         elif self._text_begins_with_bos():
             said.append(f"without the {self.tokenizer.bos_token} that plain text begins with")
         if len(ids) < len(raw):
@@ -223,6 +220,6 @@ def check_prompt_length(prompt_ids: Sequence[int], max_new_tokens: int, context:
     room = context - len(prompt_ids)
     fix = f"shorten it or lower max_new_tokens to {room}" if room > 0 else "shorten it or leave it out"
     raise InputError(
-        f"prompt {prompt.id!r} has {len(prompt_ids)} tokens; with {max_new_tokens} new ones it does not fit the model's "
-        f"context of {context}; {fix}"
+        f"prompt {prompt.id!r} has {len(prompt_ids)} tokens; with {max_new_tokens} new ones it does not fit the "
+        f"model's context of {context}; {fix}"
     )

@@ -21,9 +21,9 @@ EXTRAS: dict[str, tuple[Callable[[Pair], Any], Any]] = {
 def export_pairs(pairs: Sequence[Pair], path: str | Path) -> None:
     """Write pairs as JSON lines: `prompt`, `chosen` and `rejected` as lists of messages, and the prompt's `id`.
 
-    `category`, `p`, `weight` and the scores are columns too where any pair has one that says something, so all rows have
-    the same columns. `load_pairs` reads back an equal pair as far as text goes; token ids and log-probabilities belong
-    to a model and are not written.
+    `category`, `p`, `weight` and the scores are columns too where any pair has one that says something, so all rows
+    have the same columns. `load_pairs` reads back an equal pair as far as text goes; token ids and log-probabilities
+    belong to a model and are not written.
     """
     columns = [name for name, (read, default) in EXTRAS.items() if any(read(pair) != default for pair in pairs)]
     rows = [

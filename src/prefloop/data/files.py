@@ -72,12 +72,16 @@ def read_rows(source: str | Path, *, split: str | None = None) -> Rows:
     name, split = _split_of(str(source), split)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _from_dataset(_load_folder(path), name, split)
-    if path.is_file():
-        return _from_file(path, name, split)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and _reader_of(path) is None:
-        return _from_dataset(_load_from_hub(name), name, split)
-    raise InputError(f"{name}: no such file or folder; check the path, or name a hub data set as org/name")
+        rows = _from_dataset(_load_folder(path), name, split)
+    elif path.is_file():
+        rows = _from_file(path, name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and _reader_of(path) is None:
+        rows = _from_dataset(_load_from_hub(name), name, split)
+    else:
+        raise InputError(f"{name}: no such file or folder; check the path, or name a hub data set as org/name")
+    if not rows.rows:
+        raise InputError(f"{name}: there are no rows in it; expected at least one")
+    return choose_split(rows, split) if split and path.is_file() else rows
 
 
 def _split_of(source: str, split: str | None) -> tuple[str, str | None]:
@@ -90,7 +94,7 @@ def _split_of(source: str, split: str | None) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
-def _from_file(path: Path, name: str, split: str | None) -> Rows:
+def _from_file(path: Path, name: str) -> Rows:
     reader = _reader_of(path)
     if reader is None:
         known = ", ".join(sorted(READERS))
@@ -107,10 +111,7 @@ def _from_file(path: Path, name: str, split: str | None) -> Rows:
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise InputError(f"{name}: not UTF-8 text ({byte}); save it as UTF-8") from None
-    rows = Rows(name, tuple(Row(data, name, unit, number) for number, data in numbered))
-    if not rows.rows:
-        raise InputError(f"{name}: the file holds no rows; expected at least one")
-    return rows if split is None else choose_split(rows, split)
+    return Rows(name, tuple(Row(data, name, unit, number) for number, data in numbered))
 
 
 def choose_split(rows: Rows, split: str) -> Rows:
@@ -148,8 +149,8 @@ def _parse_lines(text: str, name: str) -> Numbered:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            problem = f"{error.msg} at column {error.colno}"
-            raise InputError(f"{name} line {number}: not valid JSON ({problem}); expected one object per line") from None
+            problem = f"not valid JSON ({error.msg} at column {error.colno})"
+            raise InputError(f"{name} line {number}: {problem}; expected one object per line") from None
         if not isinstance(row, dict):
             raise InputError(f"{name} line {number}: expected a JSON object {{...}}, found {_json_type(row)}")
         rows.append((number, row))
@@ -201,8 +202,8 @@ def _read_csv(path: Path, name: str) -> Numbered:
     header = [cell.strip() for cell in lines[0]]
     wrong = [cell for cell in header if not cell or header.count(cell) > 1]
     if wrong:
-        problem = f"{wrong[0]!r} is there twice" if wrong[0] else "one of its names is empty"
-        raise InputError(f"{name}: the first line must name each column once, and {problem}: {','.join(lines[0])[:120]}")
+        problem = f"{wrong[0]!r} is there twice" if wrong[0] else "a name is empty"
+        raise InputError(f"{name}: {problem} in the first line, which must name each column once: {','.join(header)}")
     for number, cells in enumerate(lines[1:], start=1):
         if len(cells) != len(header):
             raise InputError(
@@ -280,14 +281,11 @@ def _from_dataset(data: Any, name: str, split: str | None) -> Rows:
     else:
         splits = [str(key) for key in data]
         if split is None and len(splits) > 1:
-            raise InputError(f"{name}: it has several splits ({', '.join(splits)}); choose one, as in {name}:{splits[0]}")
+            raise InputError(f"{name}: choose one of its splits ({', '.join(splits)}), as in {name}:{splits[0]}")
         if split is not None and split not in splits:
             raise InputError(f"{name}: {_no_such_split(split, splits)}")
         data = data[split or splits[0]]
-    rows = tuple(Row(dict(row), name, "row", number) for number, row in enumerate(data, start=1))
-    if not rows:
-        raise InputError(f"{name}: the data set holds no rows; expected at least one")
-    return Rows(name, rows)
+    return Rows(name, tuple(Row(dict(row), name, "row", number) for number, row in enumerate(data, start=1)))
 
 
 def _one_line(error: Exception) -> str:

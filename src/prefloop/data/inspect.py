@@ -1,6 +1,6 @@
 """Rows as the model will see them: prompt, response and end tokens in colours and in marks, and figures over the file.
 
-    ‹prompt›  «response»  ▏end token▕        special tokens are bold
+prompt: ‹...›    response: «...»    end token: ▏...▕    special tokens: bold
 """
 
 import statistics
@@ -97,7 +97,8 @@ def render(record: Prompt | Pair, chat: ChatFormat, number: int) -> Text:
             ended = ids[-1:] == [chat.end_token_id]
             body = ids[:-1] if ended else ids
             text.append("\n")
-            text.append_text(_heading(f"{name}: {_count(len(body))} and {'the end token' if ended else 'no end token'}"))
+            end = "the end token" if ended else "no end token"
+            text.append_text(_heading(f"{name}: {_count(len(body))} and {end}"))
             text.append_text(_part("response", body, chat))
             if ended:
                 text.append_text(_part("end", ids[-1:], chat))
@@ -113,7 +114,7 @@ def _heading(text: str) -> Text:
 
 
 def _part(kind: str, ids: Sequence[int], chat: ChatFormat) -> Text:
-    """Ids as text between the marks of their kind; runs of ids are decoded together, for a character may span tokens."""
+    """Ids as text between the marks of their kind. Runs of ids are decoded together: a character may span tokens."""
     opening, closing = MARKS[kind]
     style = f"not bold not dim {STYLES[kind]}"
     special = special_ids(chat.tokenizer)
@@ -141,13 +142,12 @@ def summarise(loaded: Loaded[Prompt] | Loaded[Pair], chat: ChatFormat) -> Summar
     pairs = [record for record in loaded.records if isinstance(record, Pair)]
     prompts = [pair.prompt for pair in pairs] or [record for record in loaded.records if isinstance(record, Prompt)]
     prompt_ids = [chat.prompt_ids(prompt) for prompt in prompts]
-    bos = chat.tokenizer.bos_token_id
     counts = {
         "rows": len(loaded.records),
         "skipped": len(loaded.bad_rows),
         "duplicates": loaded.duplicates,
         "prompt_tokens": Spread.of([len(ids) for ids in prompt_ids]),
-        "one_bos": sum(ids[:1] == [bos] and ids[1:2] != [bos] for ids in prompt_ids),
+        "one_bos": sum(ids[:1] == [chat.bos_token_id] != ids[1:2] for ids in prompt_ids),
     }
     if not pairs:
         return Summary(**counts)
@@ -160,7 +160,9 @@ def summarise(loaded: Loaded[Prompt] | Loaded[Pair], chat: ChatFormat) -> Summar
         **counts,
         chosen_tokens=Spread.of([len(ids) for ids in chosen]),
         rejected_tokens=Spread.of([len(ids) for ids in rejected]),
-        one_end=sum(ids.count(chat.end_token_id) == 1 and ids[-1] == chat.end_token_id for ids in chosen + rejected),
+        one_end=sum(
+            ids.count(chat.end_token_id) == 1 and ids[-1:] == (chat.end_token_id,) for ids in chosen + rejected
+        ),
         longer_chosen=sum(more > 0 for more in extra) / len(extra),
         extra_chars=statistics.fmean(extra),
     )
@@ -179,12 +181,13 @@ def _table(summary: Summary, chat: ChatFormat) -> Table:
         table.add_row("end of turn", f"{summary.one_end} of {2 * summary.rows} responses end with the one end token")
         table.add_row(
             "length bias",
-            f"chosen is longer in {summary.longer_chosen:.0%} of pairs, by {summary.extra_chars:+.1f} characters on average",
+            f"chosen is longer in {summary.longer_chosen:.0%} of pairs; "
+            f"chosen less rejected is {summary.extra_chars:+.1f} characters on average",
         )
     return table
 
 
 def _bos_line(summary: Summary, chat: ChatFormat) -> str:
-    if chat.tokenizer.bos_token_id is None:
+    if chat.bos_token_id is None:
         return "the tokenizer has none"
-    return f"{summary.one_bos} of {summary.rows} prompts begin with exactly one {chat.token(chat.tokenizer.bos_token_id)}"
+    return f"{summary.one_bos} of {summary.rows} prompts begin with exactly one {chat.token(chat.bos_token_id)}"

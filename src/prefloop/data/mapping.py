@@ -76,14 +76,19 @@ def load_prompts(
         >>> load_prompts("seed:held_out", limit=1).mapping.describe()
         "prompt <- column 'messages' (messages); id <- column 'id'; category <- column 'category'; not used: split"
     """
-    return prompts_of_rows(load_rows(source, split, seed_file="prompts"), on_bad_row=on_bad_row, limit=limit)
+    loaded = prompts_of_rows(load_rows(source, split, seed_file="prompts"), on_bad_row=on_bad_row, limit=limit)
+    return replace(loaded, source=f"{source}:{split}" if split else str(source))
 
 
 def load_pairs(
     source: str | Path, *, split: str | None = None, on_bad_row: OnBadRow = "error", limit: int | None = None
 ) -> Loaded[Pair]:
-    """Preference pairs from a file, folder, hub data set, or `seed`, `seed:train`, `seed:held_out`; as `load_prompts`."""
-    return pairs_of_rows(load_rows(source, split, seed_file="pairs"), on_bad_row=on_bad_row, limit=limit)
+    """Preference pairs from a file, folder, hub data set, or `seed`, `seed:train`, `seed:held_out`.
+
+    Raises InputError as `load_prompts` does.
+    """
+    loaded = pairs_of_rows(load_rows(source, split, seed_file="pairs"), on_bad_row=on_bad_row, limit=limit)
+    return replace(loaded, source=f"{source}:{split}" if split else str(source))
 
 
 def load_rows(source: str | Path, split: str | None, *, seed_file: Literal["prompts", "pairs"]) -> Rows:
@@ -121,8 +126,10 @@ def prompts_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | 
         prompts, bad_rows = _convert(rows, lambda row: _prompt(row, column, found), on_bad_row)
         prompts = _with_ids(prompts, found)
         mapping = found.mapping()
-    unique = list({content_id(prompt.messages): prompt for prompt in reversed(prompts)}.values())[::-1]
-    return Loaded(unique[:limit], mapping, bad_rows, rows.source, duplicates=len(prompts) - len(unique))
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt.id, prompt)
+    return Loaded(list(unique.values())[:limit], mapping, bad_rows, rows.source, len(prompts) - len(unique))
 
 
 def pairs_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Pair]:
@@ -131,8 +138,8 @@ def pairs_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | No
     for needed in ("chosen", "rejected"):
         if needed not in columns:
             raise InputError(
-                f"{rows.source}: there is no column {needed!r}; columns: {_quoted(columns)}; pairs need 'chosen' and "
-                f"'rejected', and a prompt column or whole conversations{_csv_hint(rows)}.{did_you_mean(needed, columns)}"
+                f"{rows.source}: there is no column {needed!r}; columns: {_quoted(columns)}; pairs need 'chosen', "
+                f"'rejected' and a prompt, or whole conversations{_csv_hint(rows)}.{did_you_mean(needed, columns)}"
             )
     found = _Found(columns)
     column = _prompt_column(columns)
@@ -179,7 +186,8 @@ def _convert(rows: Rows, convert: Callable[[Row], R], on_bad_row: OnBadRow) -> t
             problem = first_problem(error) if isinstance(error, ValidationError) else str(error)
             reason = f"{row.place}: {problem}; seen: {_seen(row.data)}"
             if on_bad_row == "error":
-                raise InputError(f"{rows.source} {reason}; fix the row, or leave such rows out (on_bad_row: skip)") from None
+                fix = "fix the row, or leave such rows out (on_bad_row: skip)"
+                raise InputError(f"{rows.source} {reason}; {fix}") from None
             bad_rows.append(SkippedRow(row.number, reason))
     if not records:
         raise InputError(f"{rows.source}: none of {len(bad_rows)} rows fits; the first: {bad_rows[0].reason}")
@@ -251,11 +259,11 @@ def _prompt_turns(data: dict[str, Any], column: str, found: _Found) -> list[Mess
     value = data.get(column)
     if value is None:
         raise BadRow(f"there is no prompt in column {column!r}; expected text or a list of messages")
+    found.add("prompt", column, form_of(value) or "")
     if column == "instruction" and isinstance(value, str) and _text(data, "input"):
         value = f"{value}\n\n{data['input']}"
-        found.add("prompt, below", "input", "text")
+        found.add("prompt, after a blank line", "input", "text")
     turns = read_turns(value, column)
-    found.add("prompt", column, form_of(value) or "")
     return _with_system(turns, data, found)
 
 
@@ -290,7 +298,7 @@ def _text(data: dict[str, Any], column: str) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"column {column!r} is a {type(value).__name__}; expected text")
+        raise BadRow(f"column {column!r} is of type {type(value).__name__}; expected text")
     return str(value)
 
 

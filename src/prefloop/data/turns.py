@@ -60,7 +60,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
         return _read_transcript(value)
     if form is None:
         kind = type(value).__name__
-        raise BadRow(f"column {column!r} is a {kind}; expected text or a list of messages (role and content)")
+        raise BadRow(f"column {column!r} is of type {kind}; expected text or a list of messages (role and content)")
     return [_read_message(turn, column, n) for n, turn in enumerate([value] if isinstance(value, dict) else value, 1)]
 
 
@@ -102,7 +102,7 @@ def check_prompt(turns: Sequence[Message]) -> None:
 
 
 def read_response(value: Any, column: str, prompt: Sequence[Message]) -> str:
-    """The response in `value`, stripped: text, one assistant message, or a whole conversation that begins with `prompt`."""
+    """The response in `value`, stripped: text, one assistant message, or a conversation that begins with `prompt`."""
     if form_of(value) == "text":
         return _stripped(value, column)
     turns = read_turns(value, column)

@@ -51,8 +51,11 @@ def checkup(
     stage = stage or Stage.detached()
     pair_items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in held_out]
     answer_items = [(group.prompt, group.responses) for group in answers]
-    own = logps_under(model, [*pair_items, *answer_items], compute=compute, stage=stage)
-    base = logps_under(start, answer_items, compute=compute, stage=stage)
+    own = logps_under(model, [*pair_items, *answer_items], compute=compute, part="own", stage=stage)
+    if model.fingerprint == start.fingerprint:
+        base = own[len(held_out) :]
+    else:
+        base = logps_under(start, answer_items, compute=compute, part="start", stage=stage)
     figures: dict[str, object] = {"model": model.name, "pairs": len(held_out), "answers": len(answers)}
     if held_out:
         now = np.array(own[: len(held_out)])
@@ -71,9 +74,7 @@ def checkup(
     if responses:
         mine = [value for row in own[len(held_out) :] for value in row]
         theirs = [value for row in base for value in row]
-        drift = [
-            (a - b) / response.length_tokens for a, b, response in zip(mine, theirs, responses, strict=True)
-        ]
+        drift = [(a - b) / response.length_tokens for a, b, response in zip(mine, theirs, responses, strict=True)]
         figures |= {
             "length_chars": mean_interval([response.length_chars for response in responses]),
             "length_tokens": float(np.mean([response.length_tokens for response in responses])),

@@ -38,9 +38,9 @@ def implicit_reward(
 
     stage = stage or Stage.detached()
     items = [(group.prompt, group.responses) for group in groups]
-    policy_logps = logps_under(policy, items, compute=compute, stage=stage)
+    policy_logps = logps_under(policy, items, compute=compute, part="policy", stage=stage)
     _check_sampler(groups, policy_logps, policy, stage)
-    reference_logps = logps_under(reference, items, compute=compute, stage=stage)
+    reference_logps = logps_under(reference, items, compute=compute, part="reference", stage=stage)
     scored = []
     for group, ours, theirs in zip(groups, policy_logps, reference_logps, strict=True):
         responses = tuple(

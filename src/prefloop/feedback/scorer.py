@@ -8,6 +8,7 @@ None means that this response could not be scored; it is dropped and counted, ne
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from prefloop.errors import InputError
 from prefloop.records import Group
@@ -25,10 +26,10 @@ def load_function(name: str) -> Scores:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"scorer {name!r}: module {module_name!r} cannot be imported ({error})") from None
-    function = getattr(module, function_name, None)
+    function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"scorer {name!r}: module {module_name!r} has no function {function_name!r}")
-    return function
+    return cast(Scores, function)
 
 
 def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None = None) -> list[Group]:
@@ -39,7 +40,7 @@ def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None
     stage = stage or Stage.detached()
     table = list(function(groups))
     if len(table) != len(groups):
-        raise InputError(f"the scorer returned {len(table)} rows for {len(groups)} prompts; expected one row per prompt")
+        raise InputError(f"the scorer returned {len(table)} rows for {len(groups)} prompts; expected one row each")
     scored = []
     for group, row in zip(groups, table, strict=True):
         if len(row) != len(group.responses):

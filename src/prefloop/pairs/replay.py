@@ -41,9 +41,7 @@ def mix(
     old = _one_per_prompt(offline, seed, "offline")
 
     gamma = Fraction(str(fraction))  # through the text, so that 0.9 is nine tenths
-    room = len(offline) if size is None else size
-    if gamma == 0:
-        room = len(new) if size is None else size
+    room = size or len(new if gamma == 0 else offline)
     n_gen = min(floor(room * (1 - gamma)), len(new))
     affordable = n_gen if gamma in (0, 1) else _affordable(new[:n_gen], old, gamma)
     drawn = new[:affordable]

@@ -47,32 +47,36 @@ if TYPE_CHECKING:
 class Filters(Config):
     """Which sampled answers may become pairs (dossier of the released code; lengths in code points)."""
 
-    min_chars: int = Field(3, ge=0, description="an answer has more characters than this (DICE: 3)")
-    max_chars: int = Field(6700, ge=1, description="and fewer than this (DICE: 6700)")
-    min_valid: int = Field(8, ge=2, description="a prompt with fewer answers left is dropped (DICE: 8 of 16)")
+    min_chars: int = Field(default=3, ge=0, description="an answer has more characters than this (DICE: 3)")
+    max_chars: int = Field(default=6700, ge=1, description="and fewer than this (DICE: 6700)")
+    min_valid: int = Field(default=8, ge=2, description="a prompt with fewer answers left is dropped (DICE: 8 of 16)")
 
 
 class DiceConfig(Config):
     """Options of `prefloop dice`. The defaults are the paper's (Zephyr setting)."""
 
-    policy: str = Field("", description="pi(0), the DPO-trained model; without --reference, the model to start from")
-    reference: str = Field("", description="pi(-1), the model that pi(0) was DPO-trained from")
-    pairs: str = Field("", description="offline pairs: a file, a data set folder or hub name, or seed:train")
-    prompts: str = Field("", description="prompts to sample on; those of the pairs when left out (paper)")
-    held_out: str = Field("", description="pairs to look at each model with, such as seed:held_out; a tenth of the pairs when left out")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
-    rounds: int = Field(2, ge=1, description="R (paper: 2)")
-    k: int = Field(16, ge=2, description="K answers a prompt (paper: 16)")
-    prompts_per_round: int | None = Field(None, ge=1, description="draw so many prompts; all when left out (paper)")
-    alpha: float | Literal["auto"] = Field("auto", description="length coefficient; auto finds alpha*, 0 is the ablation")
-    length_unit: Literal["chars", "tokens"] = Field("chars", description="unit of |y| (paper: chars)")
-    replay_fraction: float = Field(0.5, ge=0, le=1, description="gamma: share of offline pairs (paper: 0.5)")
-    beta: float = Field(0.1, gt=0, description="DPO's beta (paper: 0.1; tuned over 0.01 and 0.1)")
-    training_reference: Literal["round_start", "start"] = Field(
-        "round_start", description="DPO reference of a round: pi(t-1) (paper), or pi(-1) for the fixed-reference baseline"
+    policy: str = Field(default="", description="pi(0), DPO-trained; the model to start from without --reference")
+    reference: str = Field(default="", description="pi(-1), the model that pi(0) was DPO-trained from")
+    pairs: str = Field(default="", description="offline pairs: a file, a data set folder or hub name, or seed:train")
+    prompts: str = Field(default="", description="prompts to sample on; those of the pairs when left out (paper)")
+    held_out: str = Field(
+        default="",
+        description="pairs to look at models with; a tenth of the pairs when left out",
     )
-    scorer: str = Field("implicit_reward", description="or module:function, such as an LLM judge")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    rounds: int = Field(default=2, ge=1, description="R (paper: 2)")
+    k: int = Field(default=16, ge=2, description="K answers a prompt (paper: 16)")
+    prompts_per_round: int | None = Field(default=None, ge=1, description="draw so many; all when left out (paper)")
+    alpha: float | Literal["auto"] = Field(default="auto", description="length coefficient; auto: alpha*, 0: none")
+    length_unit: Literal["chars", "tokens"] = Field(default="chars", description="unit of |y| (paper: chars)")
+    replay_fraction: float = Field(default=0.5, ge=0, le=1, description="gamma: share of offline pairs (paper: 0.5)")
+    beta: float = Field(default=0.1, gt=0, description="DPO's beta (paper: 0.1; tuned over 0.01 and 0.1)")
+    training_reference: Literal["round_start", "start"] = Field(
+        default="round_start",
+        description="DPO reference of a round: pi(t-1) (paper), or pi(-1), fixed (a baseline)",
+    )
+    scorer: str = Field(default="implicit_reward", description="or module:function, such as an LLM judge")
+    seed: int = Field(default=0, ge=0, description="of every random choice")
     sampling: Sampling = Field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=2048))
     filters: Filters = Field(default_factory=Filters)
     look_at: LookAt = Field(default_factory=LookAt)
@@ -157,6 +161,8 @@ def bootstrap(
     return round.stage("pairs", best_vs_worst, debias_length(scored, coefficient), reference=policy.fingerprint)
 
 
-def find_coefficient(groups: "list[Group]", *, alpha: float | str, unit: str) -> LengthCoefficient:
+def find_coefficient(
+    groups: "list[Group]", *, alpha: float | Literal["auto"], unit: Literal["chars", "tokens"]
+) -> LengthCoefficient:
     """alpha* (Eq. 6) for `alpha="auto"`, else the figures of the given alpha."""
     return length_coefficient(groups, unit=unit) if alpha == "auto" else fixed_coefficient(groups, alpha, unit=unit)

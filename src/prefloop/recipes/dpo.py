@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 class DpoConfig(Config):
     """Options of `prefloop dpo`."""
 
-    policy: str = Field("", description="the model to train: hub id, folder, .gguf file or smollm2-135m")
-    reference: str = Field("", description="the reference model, where it is not the policy itself")
-    pairs: str = Field("", description="preference pairs: a file, a data set folder or hub name, or seed:train")
-    held_out: str = Field("", description="pairs to look at the result with, such as seed:held_out; a tenth of the pairs when left out")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a row that does not fit: stop, or skip and count")
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference (paper: 0.1)")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    policy: str = Field(default="", description="the model to train: hub id, folder, .gguf file or smollm2-135m")
+    reference: str = Field(default="", description="the reference model, where it is not the policy itself")
+    pairs: str = Field(default="", description="preference pairs: a file, a data set folder or hub name, or seed:train")
+    held_out: str = Field(
+        default="",
+        description="pairs to look at models with; a tenth of the pairs when left out",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    beta: float = Field(default=0.1, gt=0, description="strength of the pull to the reference (paper: 0.1)")
+    seed: int = Field(default=0, ge=0, description="of every random choice")
     sampling: Sampling = Field(default_factory=Sampling, description="of the answers that are looked at")
     look_at: LookAt = Field(default_factory=LookAt)
     train: Train = Field(default_factory=Train)

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from prefloop.config import Config
 from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
-from prefloop.data.mapping import Loaded, load_pairs, load_prompts
+from prefloop.data.mapping import Loaded, OnBadRow, load_pairs, load_prompts
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import checkup
 from prefloop.models import ModelRef, check_different, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.records import Pair, Prompt
+from prefloop.records import Group, Pair, Prompt
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.story import read_story
@@ -28,8 +28,8 @@ from prefloop.seeds import derive_seed, generator
 class LookAt(Config):
     """What every round's model is looked at with. Nothing of it is trained on, nothing is chosen by it."""
 
-    answers: int = Field(16, ge=0, description="held-out prompts that every model answers once")
-    shown: int = Field(4, ge=0, description="how many of these answers the report shows, before and after")
+    answers: int = Field(default=16, ge=0, description="held-out prompts that every model answers once")
+    shown: int = Field(default=4, ge=0, description="how many of these answers the report shows, before and after")
 
 
 def two_models(policy: str, reference: str) -> tuple[ModelRef, ModelRef]:
@@ -77,6 +77,15 @@ def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = No
     return kept
 
 
+def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
+    """The groups with the model's token ids where responses have none yet; a given text counts as finished."""
+    chat = ChatFormat(load_tokenizer(model))
+    return [
+        group.model_copy(update={"responses": tuple(chat.with_token_ids(response) for response in group.responses)})
+        for group in groups
+    ]
+
+
 def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
     """The prompts of preference pairs, each once, in order."""
     return list({pair.prompt.id: pair.prompt for pair in pairs}.values())
@@ -90,7 +99,7 @@ def some(prompts: Sequence[Prompt], n: int | None, seed: int) -> list[Prompt]:
     return [prompts[i] for i in sorted(chosen)]
 
 
-def load(source: str, option: str, on_bad_row: str, run: Run) -> list[Pair]:
+def load(source: str, option: str, on_bad_row: OnBadRow, run: Run) -> list[Pair]:
     """Preference pairs of a user's source, the mapping found said aloud. Raises InputError when none was named."""
     if not source:
         raise InputError(f"--{option} is missing: name a file, a data set folder or hub name, or seed:train")
@@ -112,7 +121,7 @@ def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair
     return offline, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
 
 
-def load_or_reuse(source: str, pairs: Sequence[Pair], on_bad_row: str, run: Run) -> list[Prompt]:
+def load_or_reuse(source: str, pairs: Sequence[Pair], on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
     """The prompts of a user's source, or those of the pairs, each once, when none was named."""
     return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else prompts_of(pairs)
 

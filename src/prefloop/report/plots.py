@@ -57,14 +57,14 @@ def plot_training(story: Story, file: Path) -> bool:
     return True
 
 
-def _axes(n: int):  # noqa: ANN202 - matplotlib is imported only where a plot is made
+def _axes(n: int):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * n if n > 1 else 7, 3.6), layout="constrained")
     return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
 
 
-def _save(figure, file: Path) -> None:  # noqa: ANN001
+def _save(figure, file: Path) -> None:
     import io
 
     from prefloop.run import write_atomically

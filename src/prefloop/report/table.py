@@ -33,7 +33,11 @@ COLUMNS: list[tuple[str, str, Callable[[Round], str]]] = [
         "share of held-out pairs that beta (log pi - log pi_start) ranks as labelled, with its 95 % interval",
         lambda r: _of(r, lambda c: _interval(c.accuracy)),
     ),
-    ("margin", "its mean margin, in reward units", lambda r: _of(r, lambda c: _number(c.margin and c.margin[0], "{:+.3f}"))),
+    (
+        "margin",
+        "its mean margin, in reward units",
+        lambda r: _of(r, lambda c: _number(c.margin and c.margin[0], "{:+.3f}")),
+    ),
     (
         "answer length",
         "mean characters of own answers to held-out prompts",

@@ -32,7 +32,7 @@ class Layout:
 
     input_ids, position_ids: [1, S]. Positions restart after the prompt for every branch.
     predictors, targets: [T]; the hidden state at `predictors[i]` predicts token `targets[i]`; responses lie end to end.
-    counts: [R] response lengths in tokens. segments: per group, prompt length and branch lengths (zero lengths left out).
+    counts: [R] response lengths in tokens. segments: per group, prompt and branch lengths (no zeros).
     """
 
     input_ids: Tensor
@@ -137,7 +137,7 @@ AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 @contextmanager
 def shared_prefix(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, the model's layers attend as their `layout` keyword says; outside, as before."""
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(NAME)
     try:
         yield

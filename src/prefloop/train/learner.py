@@ -53,7 +53,7 @@ class Learner:
         device = choose_device(compute.device)
         self.dtype = choose_dtype(compute, device)
         self.tokens_per_forward = compute.tokens_per_forward
-        model = load_model(policy, device=device)
+        model: Any = load_model(policy, device=device)
         # The model stays in evaluation mode: dropout would make the policy differ from its own reference at step 0.
         self.model = add_lora(model, config.lora, seed) if config.lora.rank else model
         self.trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
@@ -124,7 +124,7 @@ class Learner:
         return {name: total / len(pairs) for name, total in sums.items()}
 
     def _check_zero_margin(self, logps: PairLogps, pairs: Sequence[Pair]) -> None:
-        """Before the first update the policy is its reference (D1), when it is the reference that the pairs were given."""
+        """Before the first update the policy is its reference (D1), if that is the one the pairs were given."""
         if any(pair.reference != self.policy.fingerprint for pair in pairs):
             return
         scale = torch.stack(list(logps[:2])).detach().abs().amax(0)
@@ -148,7 +148,7 @@ class Learner:
 
     def write(self, folder: Path, card: str = "") -> None:
         """Save the model as an ordinary transformers folder, adapters merged in float32."""
-        model = self.model.merge_and_unload() if self.config.lora.rank else self.model
+        model: Any = self.model.merge_and_unload() if self.config.lora.rank else self.model
         write_model(folder, model, self.tokenizer, card)
 
 
@@ -200,7 +200,7 @@ def fit(
     Raises CheckFailed when there is nothing to train on, or a self-check fails.
     """
     if not pairs:
-        raise CheckFailed("there are no pairs to train on; the counts of the earlier stages say where they were dropped")
+        raise CheckFailed("there are no pairs to train on; the counts of earlier stages say where they were dropped")
     learner = Learner(policy, pairs, loss=loss, beta=beta, config=config, compute=compute, seed=seed)
     stage.event("path", model=policy.name, path=learner.path, why=learner.why)
     start, log = load_checkpoint(stage.scratch, model=learner.model, optimizer=learner.optimizer)

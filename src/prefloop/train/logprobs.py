@@ -1,4 +1,4 @@
-"""The core: summed log-probabilities of responses that share prompts. Scoring, reference passes and training all use it.
+"""The core: summed log-probabilities of responses that share prompts, for scoring, references and training alike.
 
     log pi(y|x) = sum_i log pi(y_i | x, y_<i)        over all response tokens, the end token included (DICE §2)
 
@@ -11,7 +11,7 @@ Legend: B rows, R responses, T response tokens, S tokens of a row, D hidden size
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -105,10 +105,11 @@ def _padded_token_logps(
     return _head_logps(model, flat, targets), counts
 
 
-def _decoder(model: "PreTrainedModel") -> torch.nn.Module:
+def _decoder(model: "PreTrainedModel") -> Any:
     """The model without its output head (through a LoRA wrapper, whose layers are already inside)."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    return inner.base_model if hasattr(inner, "base_model") else inner.model  # type: ignore[return-value]
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return inner.base_model
 
 
 def _head_logps(
@@ -116,6 +117,7 @@ def _head_logps(
 ) -> Float[Tensor, " T"]:
     """log softmax(head(hidden))[target] in float32, chunk by chunk; a chunk's logits live only inside its call."""
     head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output head"
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     # Cohere multiplies the logits, Granite divides them; the start-up parity check covers what is not named here.

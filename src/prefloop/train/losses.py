@@ -64,5 +64,3 @@ def pair_metrics(logps: PairLogps, *, beta: float) -> PairMetrics:
         chosen_change=(logps.policy_chosen - logps.reference_chosen).detach(),
         rejected_change=(logps.policy_rejected - logps.reference_rejected).detach(),
     )
-
-

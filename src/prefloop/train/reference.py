@@ -38,10 +38,12 @@ def logps_under(
     items: Sequence[tuple[Prompt, Sequence[Response]]],
     *,
     compute: Compute,
+    part: str = "logps",
     stage: Stage | None = None,
 ) -> list[list[float]]:
     """For every (prompt, responses): the summed log-probability of each response under the model, in nats.
 
+    `part` names the finished rows in the stage's scratch folder; a stage with two passes gives each its own.
     Raises CheckFailed when one is not a number.
     """
     stage = stage or Stage.detached()
@@ -55,7 +57,7 @@ def logps_under(
     path, why = choose_path(model, groups, dtype=dtype)
     stage.event("path", model=ref.name, path=path, why=why)
 
-    finished = stage.scratch / f"logps-{ref.fingerprint[:16]}.jsonl" if stage.scratch else None
+    finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None
     result = _read_finished(finished)
     with stage.progress(len(items), unit="prompts", description=f"log-probabilities under {ref.name}") as advance:
         advance(len(result))
@@ -72,8 +74,8 @@ def logps_under(
     for index, (prompt, _) in enumerate(items):
         if not all(value == value and value > float("-inf") for value in result[index]):
             raise CheckFailed(
-                f"log-probability {result[index]} of a response to prompt {prompt.id!r} under {ref.name} is not finite; "
-                "the model's weights are probably damaged, or its context is shorter than the row"
+                f"log-probability {result[index]} of a response to prompt {prompt.id!r} under {ref.name} is not "
+                "finite; the model's weights are probably damaged, or its context is shorter than the row"
             )
     return [result[index] for index in range(len(items))]
 
@@ -100,16 +102,14 @@ def _read_finished(file: Path | None) -> dict[int, list[float]]:
 def with_reference_logps(
     pairs: Sequence[Pair], reference: ModelRef, *, compute: Compute, stage: Stage | None = None
 ) -> list[Pair]:
-    """Pairs whose `reference_logps` are those of `reference`: kept where the scorer has computed them, else computed."""
+    """Pairs whose `reference_logps` are those of `reference`: kept where the scorer computed them, else computed."""
     stage = stage or Stage.detached()
     missing = [i for i, pair in enumerate(pairs) if pair.reference != reference.fingerprint]
     stage.count("reference log-probabilities already known from scoring", len(pairs) - len(missing))
     stage.count("reference log-probabilities computed", len(missing))
     items = [(pairs[i].prompt, (pairs[i].chosen, pairs[i].rejected)) for i in missing]
     completed = list(pairs)
-    for i, (chosen, rejected) in zip(
-        missing, logps_under(reference, items, compute=compute, stage=stage), strict=True
-    ):
+    for i, (chosen, rejected) in zip(missing, logps_under(reference, items, compute=compute, stage=stage), strict=True):
         update = {"reference_logps": (chosen, rejected), "reference": reference.fingerprint}
         completed[i] = pairs[i].model_copy(update=update)
     return completed
