@@ -6,47 +6,71 @@ A stage is a function call. Its artifact is written whole under another name, fl
 only then, its line goes into the manifest, which is replaced in the same way; then its scratch folder is removed. A
 kill before the rename leaves the scratch folder, from which the stage goes on; a kill after it leaves an artifact that
 the manifest does not know, which is made again to the same bytes; a kill after the manifest leaves a finished stage and
-perhaps a scratch folder, which the next opening removes.
+perhaps a scratch folder, which the next opening removes. An artifact that is replaced is struck off the manifest
+first: a kill in between must not leave the new bytes under the old inputs.
 """
 
+import errno
 import hashlib
 import importlib
 import inspect
 import json
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Self, TypeVar
 
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
 from prefloop import __version__
-from prefloop.atomic import cannot_write, remove_leftovers, write_atomically, write_folder_atomically
-from prefloop.config import Config
-from prefloop.errors import InputError
-from prefloop.progress import show_progress
+from prefloop.atomic import TEMPORARY, cannot_write, remove_leftovers, write_atomically, write_folder_atomically
+from prefloop.config import Config, read_yaml
+from prefloop.errors import CheckFailed, InputError, PrefloopError
+from prefloop.progress import Advance, show_progress
 from prefloop.records import Record
 
 R = TypeVar("R", bound=Record)
 SCRATCH = ".partial"
+HEADER = "# prefloop "
+"""How the config.yaml of a run folder begins; the recipe follows."""
+STAGE_NAME = re.compile(r"(?!(?:manifest|events)$)\w[\w.-]*(?:/\w[\w.-]*)*(?<!\.partial)")
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Records(list[R]):
-    """The records of a finished stage, with the file they are in and its fingerprint."""
+    """The records of a finished stage, with the file they are in and its fingerprint.
+
+    Read-only, because the fingerprint is the file's: a changed list would pass for what the file holds. Slices, sums
+    and copies are ordinary lists.
+    """
 
     def __init__(self, records: Sequence[R], path: Path, fingerprint: str) -> None:
         super().__init__(records)
         self.path = path
         self.fingerprint = fingerprint
+
+    def __reduce__(self) -> tuple[type, tuple[list[R]]]:
+        return list, (self[:],)
+
+
+def _read_only(*_: Any, **__: Any) -> Any:
+    raise TypeError("the records of a stage are read-only; change a copy: list(records)")
+
+
+for _change in "append clear extend insert pop remove reverse sort __delitem__ __iadd__ __imul__ __setitem__".split():
+    setattr(Records, _change, _read_only)
 
 
 @dataclass(frozen=True)
@@ -77,8 +101,8 @@ class Stage:
         return cls()
 
     @contextmanager
-    def progress(self, total: int, *, unit: str, description: str = "") -> Iterator[Callable[[int], None]]:
-        """Yields `advance(n)`, to be called as `total` units of work are done."""
+    def progress(self, total: int, *, unit: str, description: str = "") -> Iterator[Advance]:
+        """Yields `advance(n=1)`, to be called as `total` units of work are done."""
         label = f"{self.name}: {description}" if description else self.name
         with show_progress(self.run.console if self.run else None, label, total, unit) as advance:
             yield advance
@@ -90,7 +114,7 @@ class Stage:
     def event(self, kind: str, **fields: Any) -> None:
         """One line in the event log."""
         if self.run:
-            self.run.event(kind, stage=self.name, **fields)
+            self.run.event(kind, self.name, **fields)
 
     def note(self, text: str) -> None:
         """One line for the person watching, also in the event log."""
@@ -105,64 +129,73 @@ class Run:
         self.path, self.recipe, self.config, self.console = path, recipe, config, console
         self.stages: dict[str, dict[str, Any]] = {}
         self.current: str | None = None
+        self._keys: dict[str, str] = {}
         self._lock: IO[str] | None = None
+
+    @property
+    def manifest(self) -> Mapping[str, dict[str, Any]]:
+        """What the manifest says of every stage, by name, in order: inputs, artifact, counts, seconds."""
+        return MappingProxyType(self.stages)
 
     @classmethod
     @contextmanager
     def open(cls, path: Path, *, recipe: str, config: Config, console: Console | None = None) -> Iterator[Self]:
         """Create or continue a run folder. Raises InputError when it belongs to something else, or is in use."""
         run = cls(Path(path), recipe=recipe, config=config, console=console)
-        run._take()
         try:
-            yield run
-        except KeyboardInterrupt:
-            run.event("interrupted", stage=run.current)
-            run.say(f"interrupted in {run.current or 'the run'}; run the same command again to continue")
-            raise
-        except BaseException as error:
-            run.event("failed", stage=run.current, type=type(error).__name__, message=str(error))
-            raise
+            run._take()
+            try:
+                yield run
+            except BaseException as error:
+                run._record_end(error)
+                raise
         finally:
             if run._lock:
                 run._lock.close()
 
+    def _record_end(self, error: BaseException) -> None:
+        with suppress(InputError):  # a log on a full disk must not hide why the run ended
+            if isinstance(error, KeyboardInterrupt):
+                self.event("interrupted", self.current)
+            else:
+                self.event("failed", self.current, type=type(error).__name__, message=str(error))
+        if isinstance(error, KeyboardInterrupt):
+            self.say(f"interrupted in {self.current or 'the run'}; run the same command again to continue")
+
     def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            mine = {"config.yaml", ".lock", "manifest.json", "events.jsonl"}
-            foreign = [entry.name for entry in self.path.iterdir() if entry.name not in mine]
+            names = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        if foreign and not (self.path / "config.yaml").is_file():
+        # config.yaml is the first thing written: without a whole one there can be only this of ours.
+        foreign = names - {".lock", TEMPORARY + "config.yaml"}
+        if foreign and _recipe_of(self.path / "config.yaml") is None:
             raise InputError(
-                f"{self.path} is not empty and not a run folder (it holds {sorted(foreign)[0]}); give another --out"
+                f"{self.path} is not empty and not a run folder (it holds {min(foreign)}); give another --out"
             )
         self._lock = _lock(self.path / ".lock")
-        remove_leftovers(self.path)
         self._check_config()
         self._read_manifest()
-        for scratch in self.path.rglob("*" + SCRATCH):
-            if scratch.name.removesuffix(SCRATCH) and self._finished(scratch):
+        remove_leftovers(self.path)
+        for name, entry in self.stages.items():
+            scratch = self.path / (name + SCRATCH)
+            # Of a finished stage, killed before or while it was removed; the key may be gone already.
+            if scratch.is_dir() and _scratch_key(scratch) in (None, entry["key"]):
                 shutil.rmtree(scratch)
         self.event("opened", version=__version__, pid=os.getpid())
-
-    def _finished(self, scratch: Path) -> bool:
-        """True for the scratch folder of a stage that ended before it could be removed."""
-        entry = self.stages.get(str(scratch.relative_to(self.path)).removesuffix(SCRATCH))
-        return entry is not None and entry["key"] == _scratch_key(scratch)
 
     def _check_config(self) -> None:
         """A run folder belongs to one recipe and one configuration."""
         file = self.path / "config.yaml"
         if not file.is_file():
-            write_atomically(file, f"# prefloop {self.recipe}\n" + self.config.to_yaml())
+            write_atomically(file, f"{HEADER}{self.recipe}\n{self.config.to_yaml()}")
             return
-        text = file.read_text(encoding="utf-8")
-        recipe = text.splitlines()[0].removeprefix("# prefloop ") if text.startswith("# prefloop ") else None
+        recipe = _recipe_of(file)
         fix = "give another --out, or the same options as before"
         if recipe != self.recipe:
-            raise InputError(f"{self.path} is a run of {recipe or 'something else'}, not of {self.recipe}; {fix}")
-        here, asked = _flat(yaml.safe_load(text) or {}), _flat(yaml.safe_load(self.config.to_yaml()) or {})
+            raise InputError(f"{self.path} is a run of {recipe}, not of {self.recipe}; {fix}")
+        here, asked = _flat(read_yaml(file)), _flat(yaml.safe_load(self.config.to_yaml()) or {})
         different = [
             f"{name}: {here.get(name, 'not set')} here, {asked.get(name, 'not set')} asked for"
             for name in {**here, **asked}
@@ -176,8 +209,10 @@ class Run:
         if not file.is_file():
             return
         try:
-            self.stages = dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
-        except (ValueError, KeyError, TypeError):
+            self.stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+            for entry in self.stages.values():
+                _ = entry["key"], entry["artifact"]["path"], entry["artifact"]["kind"]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"{file} is damaged (not the JSON that prefloop writes); delete it to compute the stages again, "
                 "or give another --out"
@@ -192,10 +227,10 @@ class Run:
         }
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, stage: str | None = None, /, **fields: Any) -> None:
         """Append a line to events.jsonl. A half line that a kill left stays a line of its own."""
         file = self.path / "events.jsonl"
-        line = json.dumps({"time": _now(), "event": kind, **fields}, default=str)
+        line = json.dumps(dict(time=_now(), stage=stage, event=kind, **fields), default=str)
         try:
             with file.open("ab+") as handle:
                 if handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
@@ -206,12 +241,12 @@ class Run:
 
     def note(self, text: str, stage: str | None = None) -> None:
         """One line for the person watching, also in the event log."""
-        self.event("note", stage=stage, text=text)
+        self.event("note", stage, text=text)
         self.say(f"{stage}: {text}" if stage else text)
 
     def say(self, text: str) -> None:
         if self.console:
-            self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text, style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def round(self, t: int) -> "Round":
         """The stages of round t: `run.round(2).stage("groups", ...)` is stage `round-2/groups`."""
@@ -228,40 +263,58 @@ class Run:
         that a function filled (`stage.output`) comes back as a `FolderArtifact`. It is computed again when the
         function, an argument's fingerprint or the prefloop version has changed, or when its file is not as it was.
         """
+        if not STAGE_NAME.fullmatch(name):
+            raise ValueError(f"stage name {name!r}: expected words of letters, digits, '_', '-' and '.', joined by '/'")
         inputs = {
             "function": fingerprint(function),
             "args": [fingerprint(value) for value in args],
             "kwargs": {key: fingerprint(value) for key, value in kwargs.items()},
             "version": __version__,
         }
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        key = _sha256(json.dumps(inputs, sort_keys=True))
+        if self._keys.setdefault(name, key) != key:
+            raise ValueError(f"stage {name!r} has already run with other inputs; every stage needs a name of its own")
         entry = self.stages.get(name)
         if entry and entry["key"] == key and _intact(self.path, entry["artifact"]):
             self.say(f"{name}: done before, reused")
             return _read(self.path, name, entry["artifact"])
+        if entry:
+            entry["key"] = None
+            self._write_manifest()
         self.current = name
         stage = self._begin(name, key)
-        takes_stage = "stage" in inspect.signature(function).parameters
         started = time.monotonic()
-        result = function(*args, **kwargs, **({"stage": stage} if takes_stage else {}))
-        artifact = _write(self.path, name, result, stage)
-        seconds = time.monotonic() - started
+        value, artifact = self._compute(stage, partial(function, *args, **kwargs), _takes_stage(function))
+        seconds = round(time.monotonic() - started, 3)
         self.stages[name] = {
             "key": key,
             "inputs": inputs,
             "artifact": artifact,
             "counts": stage.counts,
-            "seconds": round(seconds, 3),
+            "seconds": seconds,
             "finished": _now(),
         }
         self._write_manifest()
         assert stage.scratch is not None
         shutil.rmtree(stage.scratch, ignore_errors=True)
-        self.event("finished", stage=name, seconds=round(seconds, 3), counts=stage.counts)
+        self.event("finished", name, seconds=seconds, counts=stage.counts)
         counts = ", ".join(f"{n} {reason}" for reason, n in stage.counts.items())
         self.say(f"{name}: {seconds:.1f} s{'; ' + counts if counts else ''}")
         self.current = None
-        return _read(self.path, name, artifact)
+        return value
+
+    def _compute(self, stage: Stage, call: Callable[..., Any], takes_stage: bool) -> tuple[Any, dict[str, Any]]:
+        """Make and write an artifact; returns it as it reads back, which is what a resumed run will see."""
+        try:
+            artifact = _write(self.path, stage.name, call(stage=stage) if takes_stage else call(), stage)
+            return _read(self.path, stage.name, artifact), artifact
+        except BaseException as error:
+            assert stage.output is not None
+            shutil.rmtree(stage.output, ignore_errors=True)
+            full = _disk_full(error)
+            if full:
+                raise cannot_write(self.path / stage.name, full) from None
+            raise
 
     def _begin(self, name: str, key: str) -> Stage:
         """A stage with its scratch folder: the one of an earlier try at the same inputs, or a new one."""
@@ -275,7 +328,9 @@ class Run:
             shutil.rmtree(scratch / "output", ignore_errors=True)
         except OSError as error:
             raise cannot_write(scratch, error) from None
-        self.event("started", stage=name)
+        self.event("started", name)
+        if self.console and not self.console.is_terminal:
+            self.say(f"{name}: started")
         return Stage(name=name, scratch=scratch, output=scratch / "output", run=self)
 
 
@@ -292,7 +347,10 @@ class Round:
 
 
 def fingerprint(value: Any) -> str:
-    """A string that is equal for equal inputs of a stage. Raises TypeError for what has no stable content."""
+    """A string that is equal for equal inputs of a stage. Raises TypeError for what has no stable content.
+
+    A function is known by its name: what it closes over, and later changes of its body, are not seen.
+    """
     if isinstance(getattr(value, "fingerprint", None), str):
         return value.fingerprint
     if isinstance(value, Record):
@@ -300,23 +358,29 @@ def fingerprint(value: Any) -> str:
     if isinstance(value, Config):
         return _sha256(type(value).__name__ + value.model_dump_json())
     if isinstance(value, Path):
-        return _hash_file(value)
+        return _hash_path(value)
     if isinstance(value, partial):
-        return fingerprint([value.func, list(value.args), dict(value.keywords)])
+        return _hash_parts("partial", value.func, value.args, value.keywords)
     if isinstance(value, list | tuple):
-        total = hashlib.sha256(b"list")
-        for item in value:
-            total.update(fingerprint(item).encode() + b"\n")
-        return total.hexdigest()
+        if all(isinstance(item, Record) for item in value):
+            return _sha256("".join(record.to_json() + "\n" for record in value))  # that of the file of these records
+        return _hash_parts("list", *value)
     if isinstance(value, dict):
-        return fingerprint([[str(key), item] for key, item in sorted(value.items())])
+        return _hash_parts("dict", *sorted(_hash_parts("item", key, item) for key, item in value.items()))
     if value is None or isinstance(value, bool | int | float | str):
-        return f"{type(value).__name__}:{value!r}"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
+        text = f"{type(value).__name__}:{value!r}"
+        return text if len(text) <= 100 else _sha256(text)  # short ones can be read in the manifest
+    if callable(value) and hasattr(value, "__qualname__") and not inspect.ismethod(value):
+        name = f"{value.__module__}:{value.__qualname__}"
+        if "<" in name:
+            raise TypeError(
+                f"{name} has no name of its own; define it at the top of a module, or use functools.partial"
+            )
+        return name
     raise TypeError(f"a stage cannot take a {type(value).__name__}: it has no fingerprint")
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Versions and hardware, read without importing anything heavy."""
     versions: dict[str, Any] = {"prefloop": __version__, "python": platform.python_version()}
@@ -333,27 +397,22 @@ def _write(root: Path, name: str, result: Any, stage: Stage) -> dict[str, Any]:
     if isinstance(result, Path):
         if result != stage.output:
             raise TypeError(f"stage {name} returned the path {result}, which is not its stage.output")
-        folder = root / name
-        write_folder_atomically(folder, lambda temporary: _move_contents(result, temporary))
-        files = {
-            str(file.relative_to(folder)): [file.stat().st_size, _hash_file(file)]
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-        return {"path": name, "kind": "folder", "sha256": _sha256(json.dumps(files)), "files": files}
+        write_folder_atomically(root / name, lambda temporary: _move_contents(result, temporary))
+        files = _listing(root / name)
+        return {"path": name, "kind": "folder", "sha256": _hash_listing(files), "files": files}
     if isinstance(result, list | tuple):
         kinds = {type(record) for record in result}
         if len(kinds) > 1 or not all(issubclass(kind, Record) for kind in kinds):
             raise TypeError(f"stage {name} returned a list of {kinds}; expected records of one kind")
-        text = "".join(record.to_json() + "\n" for record in result)
+        text = "".join(_line(record, name) + "\n" for record in result)
         kind, type_name, suffix = "records", _name(kinds.pop()) if kinds else None, ".jsonl"
-    elif isinstance(result, Record):
-        text, kind, type_name, suffix = result.to_json() + "\n", "record", _name(type(result)), ".json"
+    elif isinstance(result, Record | Config):
+        text, kind, type_name, suffix = _line(result, name) + "\n", "record", _name(type(result)), ".json"
     elif isinstance(result, dict):
         text, kind, type_name, suffix = json.dumps(result, indent=1) + "\n", "json", None, ".json"
     else:
         raise TypeError(
-            f"stage {name} returned a {type(result).__name__}; expected records, a dictionary or its output"
+            f"stage {name} returned a {type(result).__name__}; expected records, a config, a dictionary or its output"
         )
     data = text.encode()
     write_atomically(root / (name + suffix), data)
@@ -374,18 +433,58 @@ def _read(root: Path, name: str, artifact: dict[str, Any]) -> Any:
     module, _, qualified = artifact["type"].partition(":")
     record_type = getattr(importlib.import_module(module), qualified)
     if kind == "record":
-        return record_type.from_json(text)
+        return record_type.model_validate_json(text)
     return Records([record_type.from_json(line) for line in text.split("\n")[:-1]], path, artifact["sha256"])
 
 
+def _line(value: Record | Config, name: str) -> str:
+    """One line of JSON from which the same value is read. JSON has no NaN or infinity: they would become null."""
+
+    def written(value: Record | Config) -> str:
+        return value.to_json() if isinstance(value, Record) else value.model_dump_json()
+
+    line = written(value)
+    try:
+        same = written(type(value).model_validate_json(line)) == line
+    except ValidationError:
+        same = False
+    if not same:
+        raise CheckFailed(
+            f"stage {name}: a {type(value).__name__} does not read back from JSON as it was written; it should hold no "
+            f"NaN and no infinite number: {line if len(line) <= 200 else line[:197] + '...'}"
+        )
+    return line
+
+
+def _takes_stage(function: Callable[..., Any]) -> bool:
+    return "stage" in inspect.signature(function).parameters
+
+
+def _disk_full(error: BaseException) -> OSError | None:
+    """The system's complaint that there is no room, where that is what an error comes from.
+
+    Writers in Rust (safetensors) say it in their message only.
+    """
+    if isinstance(error, PrefloopError):
+        return None
+    cause: BaseException | None = error
+    while cause:
+        said = re.search(r"\(os error (\d+)\)", str(cause))
+        number = cause.errno if isinstance(cause, OSError) else int(said[1]) if said else None
+        if number in DISK_FULL:
+            return OSError(number, os.strerror(number))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _intact(root: Path, artifact: dict[str, Any]) -> bool:
-    """True when the artifact's files are there with the sizes they had."""
+    """True when a file is as it was written, and the files of a folder (a model: large) have the sizes they had."""
     if artifact["kind"] == "folder":
         folder = root / artifact["path"]
         return all((folder / n).is_file() and (folder / n).stat().st_size == size for n, (size, _) in
                    artifact["files"].items())  # fmt: skip
     path = root / artifact["path"]
-    return path.is_file() and path.stat().st_size == artifact["bytes"]
+    return path.is_file() and _hash_file(path) == artifact["sha256"]
 
 
 def _move_contents(source: Path, target: Path) -> None:
@@ -410,18 +509,29 @@ def _lock(file: Path) -> IO[str] | None:
         raise cannot_write(file, error) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
         handle.close()
         raise InputError(
             f"{file.parent} is in use by another prefloop process (pid {owner}); wait, or end it"
         ) from None
+    except OSError:  # a file system without locks
+        handle.close()
+        return None
     handle.seek(0)
     handle.truncate()
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
+
+
+def _recipe_of(file: Path) -> str | None:
+    """The recipe of a run folder's config.yaml; None when there is no such file or it is not one of ours."""
+    if not file.is_file():
+        return None
+    first = file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.removeprefix(HEADER) if first.startswith(HEADER) else None
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -439,9 +549,30 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _hash_parts(kind: str, *parts: Any) -> str:
+    return _sha256(json.dumps([kind, *map(fingerprint, parts)]))
+
+
 def _hash_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _listing(folder: Path) -> dict[str, list[Any]]:
+    """Size and hash of every file below a folder, by its name from there."""
+    files = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
+    return {name: [file.stat().st_size, _hash_file(file)] for name, file in files}
+
+
+def _hash_listing(files: dict[str, list[Any]]) -> str:
+    return _sha256(json.dumps(files))
+
+
+def _hash_path(path: Path) -> str:
+    """The contents of a file, or of a folder. Raises InputError when there is none."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; check the path")
+    return _hash_listing(_listing(path)) if path.is_dir() else _hash_file(path)
 
 
 def _now() -> str:

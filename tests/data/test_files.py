@@ -105,7 +105,7 @@ def test_saved_dataset_folder(tmp_path: Path) -> None:
 def test_saved_dataset_dict_folder(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     parts = {"train_prefs": datasets.Dataset.from_list(ROWS[:1]), "test_prefs": datasets.Dataset.from_list(ROWS[1:])}
-    datasets.DatasetDict(parts).save_to_disk(folder)
+    datasets.DatasetDict(**parts).save_to_disk(folder)
     assert [row.data for row in read_rows(folder, split="test_prefs")] == ROWS[1:]
     assert [row.data for row in read_rows(f"{folder}:train_prefs")] == ROWS[:1]
     assert message_of(lambda: read_rows(folder)) == (

@@ -5,10 +5,10 @@ from typing import Any
 
 import datasets
 import pytest
-from tests.data.rows import answer, message_of, said, share_gpt, turns, write_rows
 
 from prefloop.data.mapping import load_prompts
 from prefloop.records import Group, Pair, Prompt, Response
+from tests.data.rows import answer, message_of, said, share_gpt, turns, write_rows
 
 HASH_OF_HI = Prompt.of("hi").id
 
@@ -78,9 +78,9 @@ def test_system_column_beside_a_system_message(tmp_path: Path) -> None:
 
 
 def test_equal_prompts_are_kept_once_with_the_first_id(tmp_path: Path) -> None:
-    rows = [{"prompt": "hi", "id": "a"}, {"prompt": "ho", "id": "b"}, {"prompt": "hi", "id": "c"}]
+    rows = [{"prompt": "hi", "id": "a", "category": "x"}, {"prompt": "ho", "id": "b"}, {"prompt": "hi", "id": "c"}]
     loaded = load_prompts(write_rows(tmp_path / "a.jsonl", *rows))
-    assert [(prompt.id, said(prompt)[0][1]) for prompt in loaded.records] == [("a", "hi"), ("b", "ho")]
+    assert loaded.records == [Prompt.of("hi", id="a", category="x"), Prompt.of("ho", id="b")]
     assert loaded.duplicates == 1
 
 
@@ -137,12 +137,13 @@ def test_parquet_and_csv(tmp_path: Path) -> None:
     [
         ({"prompt": None}, "there is no prompt in column 'prompt'; expected text or a list of messages; "
                            "seen: prompt = None (NoneType)"),
-        ({"prompt": " \n"}, "message 1 of the prompt is empty; expected text from the user; seen: prompt = ' \\n' (str)"),
+        ({"prompt": " \n"}, "message 1 of the prompt is empty; expected text from the user; "
+                           "seen: prompt = ' \\n' (str)"),
         ({"prompt": []}, "the prompt is empty; expected text or at least one message; seen: prompt = [] (list)"),
         ({"prompt": 3}, "column 'prompt' is of type int; expected text or a list of messages (role and content); "
                         "seen: prompt = 3 (int)"),
-        ({"prompt": ["a", "b"]}, "column 'prompt' is of type list; expected text or a list of messages (role and content); "
-                                 "seen: prompt = ['a', 'b'] (list)"),
+        ({"prompt": ["a", "b"]}, "column 'prompt' is of type list; expected text or a list of messages (role and "
+                                 "content); seen: prompt = ['a', 'b'] (list)"),
         ({"prompt": [{"role": "user", "content": None}]}, "message 1 of column 'prompt' has content of type NoneType; "
          "expected text; seen: prompt = [{'role': 'user', 'content': None}] (list)"),
         ({"prompt": [{"role": "bot", "content": ""}]}, "message 1 of column 'prompt' has role 'bot'; expected one of "
@@ -153,7 +154,8 @@ def test_parquet_and_csv(tmp_path: Path) -> None:
          "seen: prompt = 'x' (str), category = ['a'] (list)"),
         ({"prompt": "x" * 50, "id": 1.5}, "column 'id' is of type float; expected text; "
          f"seen: prompt = '{'x' * 36}... (str), id = 1.5 (float)"),
-        ({"prompt": {"id": "a", "messages": [{"role": "user"}]}}, "messages.0.content = {'role': 'user'}: field required; "
+        ({"prompt": {"id": "a", "messages": [{"role": "user"}]}},
+         "messages.0.content = {'role': 'user'}: field required; "
          "seen: prompt = {'id': 'a', 'messages': [{'role': 'us... (dict)"),
     ],
 )  # fmt: skip
@@ -201,8 +203,8 @@ def test_missing_column_and_no_good_row(tmp_path: Path) -> None:
     )
     path = write_rows(tmp_path / "a.jsonl", {"prompt": ""}, {"prompt": 1})
     assert message_of(lambda: load_prompts(path, on_bad_row="skip")) == (
-        f"{path}: none of 2 rows fits; the first: line 1: message 1 of the prompt is empty; expected text from the user; "
-        "seen: prompt = '' (str)"
+        f"{path}: none of 2 rows fits; the first: line 1: message 1 of the prompt is empty; expected text from the "
+        "user; seen: prompt = '' (str)"
     )
     assert message_of(lambda: load_prompts(path, on_bad_row="ignore")) == (  # type: ignore[arg-type]
         "on_bad_row = 'ignore': expected 'error' or 'skip'"

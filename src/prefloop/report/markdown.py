@@ -49,30 +49,27 @@ def _what(story: Story) -> str:
 
 
 def _readings(story: Story) -> str:
-    """Plain words where a known pattern shows."""
-    lines = []
-    looked = [round for round in story.rounds if round.checkup]
-    for round in looked:
-        checkup = round.checkup
-        assert checkup is not None
-        if checkup.chosen_change is not None and checkup.rejected_change is not None:
-            if checkup.chosen_change < 0 and checkup.rejected_change < checkup.chosen_change:
-                lines.append(
-                    f"- {round.label}: chosen and rejected both became less likely, rejected more so. DPO trains the "
-                    "difference, so this is expected; when the fall of chosen is large, train for fewer steps or "
-                    "raise beta."
-                )
-        if checkup.accuracy and round.label != "start" and checkup.accuracy[1] <= 0.5 <= checkup.accuracy[2]:
-            lines.append(
-                f"- {round.label}: the accuracy interval contains 1/2, so with {checkup.pairs} held-out pairs the "
-                "implicit reward cannot be told from a coin; more pairs or more training would say more."
-            )
-        if checkup.finished is not None and checkup.finished < 0.7:
-            lines.append(
-                f"- {round.label}: {100 * (1 - checkup.finished):.0f} % of the answers hit the limit of new tokens; "
-                "unfinished answers never become pairs: raise sampling.max_new_tokens."
-            )
-    return "## What it means\n\n" + "\n".join(lines) if lines else ""
+    """Plain words where a known pattern shows, with the models that show it."""
+    looked = [(round.label, round.checkup) for round in story.rounds if round.checkup]
+    patterns = [
+        (
+            [label for label, c in looked if (c.rejected_change or 0) < (c.chosen_change or 0) < 0],
+            "chosen and rejected both became less likely, rejected more so. DPO trains the difference, so this is "
+            "expected; where the fall of chosen is large, train for fewer steps or raise beta.",
+        ),
+        (
+            [label for label, c in looked if label != "start" and c.accuracy and c.accuracy[1] <= 0.5 <= c.accuracy[2]],
+            "the interval of the held-out accuracy contains 1/2, so with these held-out pairs the implicit reward "
+            "cannot be told from a coin; more held-out pairs or more training would say more.",
+        ),
+        (
+            [label for label, c in looked if c.finished is not None and c.finished < 0.7],
+            "over 30 % of the answers hit the limit of new tokens; unfinished answers never become pairs: raise "
+            "sampling.max_new_tokens.",
+        ),
+    ]
+    lines = [f"- {', '.join(labels)}: {text}" for labels, text in patterns if labels]
+    return "\n".join(["## What it means", "", *lines]) if lines else ""
 
 
 def _text(prompt: Prompt) -> str:

@@ -1,7 +1,8 @@
-"""The table of a run: one row per model, the same figures in the terminal, the report and the model card."""
+"""The table of a run: a column per model, the same figures in the terminal, the report and the model card."""
 
 from collections.abc import Callable, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prefloop.evaluate.checkup import Checkup
@@ -20,8 +21,7 @@ def _of(round: Round, read: Callable[[Checkup], str]) -> str:
     return "-" if round.checkup is None else read(round.checkup)
 
 
-COLUMNS: list[tuple[str, str, Callable[[Round], str]]] = [
-    ("model", "", lambda r: r.label),
+FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
     ("alpha", "length coefficient, in nats per unit of length", lambda r: f"{r.length.alpha:.4g}" if r.length else "-"),
     (
         "length gap",
@@ -55,23 +55,24 @@ COLUMNS: list[tuple[str, str, Callable[[Round], str]]] = [
 
 
 def cells(rounds: Sequence[Round]) -> list[list[str]]:
-    """The table's rows; columns that say nothing for any round are "-" throughout."""
-    return [[read(round) for _, _, read in COLUMNS] for round in rounds]
+    """One row per figure: its name, and its value for every model."""
+    return [[name, *(read(round) for round in rounds)] for name, _, read in FIGURES]
 
 
 def markdown_table(story: Story) -> str:
-    """The table in Markdown, with what each column means below it."""
-    lines = ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    """The table in Markdown, with what each figure means below it."""
+    lines = ["| | " + " | ".join(round.label for round in story.rounds) + " |", "|---|" + "---:|" * len(story.rounds)]
     lines += ["| " + " | ".join(row) + " |" for row in cells(story.rounds)]
-    legend = [f"- **{name}**: {meaning}" for name, meaning, _ in COLUMNS if meaning]
+    legend = [f"- **{name}**: {meaning}" for name, meaning, _ in FIGURES]
     return "\n".join([*lines, "", *legend])
 
 
 def terminal_table(story: Story) -> Table:
     """The table for a terminal."""
-    table = Table(title=f"{story.recipe}: {story.path}", title_justify="left")
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
+    table = Table(title=f"{story.recipe}: {story.path}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for round in story.rounds:
+        table.add_column(round.label, justify="right")
     for row in cells(story.rounds):
         table.add_row(*row)
     return table
