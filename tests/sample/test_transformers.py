@@ -109,8 +109,7 @@ def test_generation_config_does_not_leak() -> None:
 
 def test_every_stop_token_ends_an_answer_and_is_the_id_that_was_sampled() -> None:
     chat = type(CHAT)(CHAT.tokenizer)
-    others = {chat.tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefgh"}
-    chat.stop_token_ids = chat.stop_token_ids | others
+    chat.stop_token_ids = frozenset([*chat.stop_token_ids, *chat.response_ids("abcdefgh")])
     groups = TransformersEngine(stopping_llama(), chat).sample(
         PROMPTS, k=8, sampling=Sampling(max_new_tokens=60), seed=0
     )

@@ -74,7 +74,7 @@ def load_prompts(
     Raises InputError in one line, for a row with its number, what was seen and what was expected.
 
         >>> load_prompts("seed:held_out", limit=1).mapping.describe()
-        "prompt <- column 'messages' (messages); id <- column 'id'; category <- column 'category'; not used: split"
+        "prompt <- column 'messages' (messages); category <- column 'category'; id <- column 'id'; not used: split"
     """
     loaded = prompts_of_rows(load_rows(source, split, seed_file="prompts"), on_bad_row=on_bad_row, limit=limit)
     return replace(loaded, source=f"{source}:{split}" if split else str(source))
