@@ -294,6 +294,17 @@ def test_a_folder_of_the_same_sizes_that_a_kill_left_is_not_taken_for_the_one_be
     assert contents(run) == before
 
 
+def test_leftovers_of_a_kill_are_removed_unless_the_folder_is_refused(tmp_path: Path) -> None:
+    loop(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    write_atomically(tmp_path / "run/round-1/.tmp-old/weights.bin", "half")
+    write_atomically(tmp_path / "run/.tmp-old.jsonl", "half")
+    refused(tmp_path / "run", device="cuda")
+    assert len(contents(tmp_path / "run")) == len(before) + 2
+    loop(tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
 def test_a_half_line_in_the_event_log_stays_a_line_of_its_own(tmp_path: Path) -> None:
     loop(tmp_path / "run")
     log = tmp_path / "run/events.jsonl"
@@ -424,7 +435,18 @@ def big_by_a_library(n: int, *, stage: Stage) -> Path:
         raise RustError(f"I/O error: {error.strerror} (os error {error.errno})") from None
 
 
-@pytest.mark.parametrize(("function", "artifact"), [(big, "out.jsonl"), (big_folder, "out"), (big_by_a_library, "out")])
+def big_by_another(n: int, *, stage: Stage) -> Path:
+    """As torch.save into an open file: an error of its own while the system's is being handled."""
+    try:
+        return big_folder(n, stage=stage)
+    except OSError:
+        raise RuntimeError("unexpected position")  # noqa: B904
+
+
+@pytest.mark.parametrize(
+    ("function", "artifact"),
+    [(big, "out.jsonl"), (big_folder, "out"), (big_by_a_library, "out"), (big_by_another, "out")],
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     tmp_path: Path, function: Callable[..., object], artifact: str
 ) -> None:
@@ -589,7 +611,8 @@ def test_different_values_have_different_fingerprints(tmp_path: Path) -> None:
         PROMPTS[0], PROMPTS[1], PROMPTS[:1], PROMPTS[:2], [PROMPTS[:2]], [PROMPTS[:1], PROMPTS[1:2]],
         Options(), Options(seed=1), Options(train=Training(rate=2e-5)),
         tmp_path / "a", tmp_path / "b", str(tmp_path / "a"), tmp_path,
-        draw, measure, f"{__name__}:draw", partial(draw, seed=1), partial(draw, PROMPTS), partial(draw, seed=2),
+        draw, measure, f"{__name__}:draw", partial(draw, seed=1), partial(draw, seed=2),
+        partial(draw, PROMPTS), partial(draw, PROMPTS[:1]),
         partial(measure, []), [draw, [], {"seed": 1}],
     ]  # fmt: skip
     prints = [fingerprint(value) for value in values]

@@ -202,6 +202,8 @@ def recipe_help(name: str, command: Command) -> str:
 def run_step(name: str, command: Command, args: list[str]) -> None:
     """Parse the options of a single step and run it."""
     config: type[Config] = load(command.config)
+    if "file" in config.model_fields and args and not args[0].startswith("-"):
+        args = ["--file", *args]  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
     load(command.run)(parse(config, args, prog=f"prefloop {name}"))
 
 

@@ -45,7 +45,7 @@ class Pace:
     @property
     def rate(self) -> float | None:
         """Units a second; None before it can be known."""
-        if len(self._seen) < 2:
+        if not self._seen:
             return None
         (start, before), (now, done) = self._seen[0], self._seen[-1]
         return (done - before) / (now - start) if now > start and done > before else None

@@ -62,7 +62,7 @@ class Records(list[R]):
         self.fingerprint = fingerprint
 
     def __reduce__(self) -> tuple[type, tuple[list[R]]]:
-        return list, (self[:],)
+        return list, (self[:],)  # copying and pickling would otherwise append to an empty one
 
 
 def _read_only(*_: Any, **__: Any) -> Any:
@@ -259,8 +259,8 @@ class Run:
     def stage(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The artifact of `function(*args, **kwargs)`: read when it is there already, computed and written otherwise.
 
-        A list of records becomes NAME.jsonl and comes back as `Records`; a record or a dictionary NAME.json; the folder
-        that a function filled (`stage.output`) comes back as a `FolderArtifact`. It is computed again when the
+        A list of records becomes NAME.jsonl and comes back as `Records`; a record, config or dictionary NAME.json; the
+        folder that a function filled (`stage.output`) comes back as a `FolderArtifact`. It is computed again when the
         function, an argument's fingerprint or the prefloop version has changed, or when its file is not as it was.
         """
         if not STAGE_NAME.fullmatch(name):

@@ -45,7 +45,8 @@ def processed(logits: Tensor, sampling: Sampling) -> Tensor:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p is not None:
         warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone()).softmax(dim=1)
+    no_ids: Any = torch.zeros(len(logits), 1, dtype=torch.long)
+    return warpers(no_ids, logits.clone()).softmax(dim=1)
 
 
 def rows_of_logits(vocabulary: int) -> Tensor:
@@ -79,9 +80,9 @@ def test_truncated_probabilities_equal_transformers(options: dict[str, Any], voc
 def test_incomplete_candidates_are_reported() -> None:
     flat, peaked = rows_of_logits(3000)[[0, 4]] - rows_of_logits(3000)[[0, 4]].amax(dim=1, keepdim=True)
     scaled = torch.stack([flat, peaked])
-    for options in ({"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 500}):
-        _, _, complete = truncate(scaled, scaled.exp().sum(dim=1), Sampling(**options), 128)
-        assert complete.tolist() == [False, "top_k" not in options]
+    for sampling in (Sampling(top_p=0.9), Sampling(min_p=0.5), Sampling(top_k=500)):
+        _, _, complete = truncate(scaled, scaled.exp().sum(dim=1), sampling, 128)
+        assert complete.tolist() == [False, sampling.top_k is None]
 
 
 @pytest.mark.parametrize(("options", "kept"), [({"top_k": 3}, 500), ({"top_k": 3, "top_p": 0.5}, 250)])

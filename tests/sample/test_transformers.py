@@ -1,5 +1,7 @@
 """The transformers engine against transformers itself: generate, and plain forward passes without padding."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -78,7 +80,7 @@ def test_neighbours_do_not_change_an_answer(name: str) -> None:
 
 
 def test_greedy_equals_generate() -> None:
-    model = stopping_llama()
+    model: Any = stopping_llama()
     sampling = Sampling(temperature=0, max_new_tokens=30)
     groups = TransformersEngine(model, CHAT).sample(PROMPTS, k=1, sampling=sampling, seed=0)
     for group in groups:

@@ -51,16 +51,17 @@ def checkup(
     stage = stage or Stage.detached()
     pair_items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in held_out]
     answer_items = [(group.prompt, group.responses) for group in answers]
-    own = logps_under(model, [*pair_items, *answer_items], compute=compute, part="own", stage=stage)
+    before = [list(pair.reference_logps or ()) for pair in held_out]
     if model.fingerprint == start.fingerprint:
-        base = own[len(held_out) :]
+        base = own = logps_under(model, answer_items, compute=compute, part="own", stage=stage)
+        now = before
     else:
+        both = logps_under(model, [*pair_items, *answer_items], compute=compute, part="own", stage=stage)
+        now, own = both[: len(held_out)], both[len(held_out) :]
         base = logps_under(start, answer_items, compute=compute, part="start", stage=stage)
     figures: dict[str, object] = {"model": model.name, "pairs": len(held_out), "answers": len(answers)}
     if held_out:
-        now = np.array(own[: len(held_out)])
-        before = np.array([pair.reference_logps for pair in held_out])
-        change = now - before
+        change = np.array(now) - np.array(before)
         margins = beta * (change[:, 0] - change[:, 1])
         tokens = sum(pair.chosen.length_tokens for pair in held_out)
         figures |= {
@@ -68,11 +69,11 @@ def checkup(
             "margin": mean_interval(margins.tolist()),
             "chosen_change": float(change[:, 0].mean()),
             "rejected_change": float(change[:, 1].mean()),
-            "chosen_nll_per_token": float(-now[:, 0].sum() / tokens),
+            "chosen_nll_per_token": -sum(row[0] for row in now) / tokens,
         }
     responses = [response for group in answers for response in group.responses]
     if responses:
-        mine = [value for row in own[len(held_out) :] for value in row]
+        mine = [value for row in own for value in row]
         theirs = [value for row in base for value in row]
         drift = [(a - b) / response.length_tokens for a, b, response in zip(mine, theirs, responses, strict=True)]
         figures |= {
