@@ -75,7 +75,7 @@ def test_a_lora_adapter_folder_is_merged_into_its_base(tmp_path: Path, monkeypat
         (lambda folder: None, "is neither a folder nor a .gguf file here, nor a hub id"),
     ],
 )
-def test_what_is_no_model_says_so(tmp_path: Path, make, message: str) -> None:  # noqa: ANN001
+def test_what_is_no_model_says_so(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "thing")
     with pytest.raises(InputError, match=message):
         resolve(tmp_path / "thing")
@@ -99,7 +99,7 @@ def test_the_same_weights_under_two_names_are_no_reward(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there_lists_those_that_are() -> None:
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(InputError, match="device 'tpu' is not available here; available: .*cpu"):
+    with pytest.raises(InputError, match=r"device 'tpu' is not available here; available: .*cpu"):
         choose_device("tpu")
 
 

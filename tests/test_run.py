@@ -16,11 +16,14 @@ from pydantic import Field
 from rich.console import Console
 
 from prefloop import progress
+from prefloop.artifacts import FolderArtifact, Records
+from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.errors import CheckFailed, InputError
+from prefloop.fingerprints import fingerprint
 from prefloop.progress import Pace
 from prefloop.records import Group, Prompt, Record, Response
-from prefloop.run import FolderArtifact, Records, Run, Stage, fingerprint, write_atomically
+from prefloop.run import Run, Stage
 
 
 class Training(Config):

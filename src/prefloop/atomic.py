@@ -33,7 +33,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
     Raises InputError when it cannot be written; whatever `write` raises passes through. Nothing half-written stays.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # two processes may convert the same model
     try:
         _remove(temporary)
         temporary.mkdir(parents=True)

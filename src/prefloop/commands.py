@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
+from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.data.groups import read_groups
 from prefloop.data.mapping import load_prompts
@@ -24,7 +25,7 @@ from prefloop.pairs.select import best_vs_worst, debias_length
 from prefloop.recipes.dice import Filters, find_coefficient
 from prefloop.recipes.steps import encode, load, two_models
 from prefloop.records import Record
-from prefloop.run import Run, write_atomically
+from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample as sample_stage
 from prefloop.train.config import Compute

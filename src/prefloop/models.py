@@ -116,7 +116,7 @@ def _packaged_smollm2() -> Path:
 
 def _converted(key: str, build: Callable[[Path], None], name: str) -> ModelRef:
     """The cached folder for `key`, built by `build(folder)` when it is not there; whole or not at all."""
-    from prefloop.run import write_folder_atomically
+    from prefloop.atomic import write_folder_atomically
 
     folder = cache_folder() / "models" / key
     if not folder.is_dir():

@@ -11,8 +11,6 @@ first: a kill in between must not leave the new bytes under the old inputs.
 """
 
 import errno
-import hashlib
-import importlib
 import inspect
 import json
 import os
@@ -20,7 +18,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,13 +29,14 @@ from types import MappingProxyType
 from typing import IO, Any, Self, TypeVar
 
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
 from prefloop import __version__
-from prefloop.atomic import TEMPORARY, cannot_write, remove_leftovers, write_atomically, write_folder_atomically
+from prefloop.artifacts import is_intact, read_artifact, write_artifact
+from prefloop.atomic import TEMPORARY, cannot_write, remove_leftovers, write_atomically
 from prefloop.config import Config, read_yaml
-from prefloop.errors import CheckFailed, InputError, PrefloopError
+from prefloop.errors import InputError, PrefloopError
+from prefloop.fingerprints import fingerprint, sha256
 from prefloop.progress import Advance, show_progress
 from prefloop.records import Record
 
@@ -47,39 +46,6 @@ HEADER = "# prefloop "
 """How the config.yaml of a run folder begins; the recipe follows."""
 STAGE_NAME = re.compile(r"(?!(?:manifest|events)$)\w[\w.-]*(?:/\w[\w.-]*)*(?<!\.partial)")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class Records(list[R]):
-    """The records of a finished stage, with the file they are in and its fingerprint.
-
-    Read-only, because the fingerprint is the file's: a changed list would pass for what the file holds. Slices, sums
-    and copies are ordinary lists.
-    """
-
-    def __init__(self, records: Sequence[R], path: Path, fingerprint: str) -> None:
-        super().__init__(records)
-        self.path = path
-        self.fingerprint = fingerprint
-
-    def __reduce__(self) -> tuple[type, tuple[list[R]]]:
-        return list, (self[:],)  # copying and pickling would otherwise append to an empty one
-
-
-def _read_only(*_: Any, **__: Any) -> Any:
-    raise TypeError("the records of a stage are read-only; change a copy: list(records)")
-
-
-for _change in "append clear extend insert pop remove reverse sort __delitem__ __iadd__ __imul__ __setitem__".split():
-    setattr(Records, _change, _read_only)
-
-
-@dataclass(frozen=True)
-class FolderArtifact:
-    """The folder that a finished stage has written."""
-
-    name: str
-    path: Path
-    fingerprint: str
 
 
 @dataclass
@@ -271,13 +237,13 @@ class Run:
             "kwargs": {key: fingerprint(value) for key, value in kwargs.items()},
             "version": __version__,
         }
-        key = _sha256(json.dumps(inputs, sort_keys=True))
+        key = sha256(json.dumps(inputs, sort_keys=True))
         if self._keys.setdefault(name, key) != key:
             raise ValueError(f"stage {name!r} has already run with other inputs; every stage needs a name of its own")
         entry = self.stages.get(name)
-        if entry and entry["key"] == key and _intact(self.path, entry["artifact"]):
+        if entry and entry["key"] == key and is_intact(self.path, entry["artifact"]):
             self.say(f"{name}: done before, reused")
-            return _read(self.path, name, entry["artifact"])
+            return read_artifact(self.path, name, entry["artifact"])
         if entry:
             entry["key"] = None
             self._write_manifest()
@@ -306,8 +272,8 @@ class Run:
     def _compute(self, stage: Stage, call: Callable[..., Any], takes_stage: bool) -> tuple[Any, dict[str, Any]]:
         """Make and write an artifact; returns it as it reads back, which is what a resumed run will see."""
         try:
-            artifact = _write(self.path, stage.name, call(stage=stage) if takes_stage else call(), stage)
-            return _read(self.path, stage.name, artifact), artifact
+            artifact = write_artifact(self.path, stage.name, call(stage=stage) if takes_stage else call(), stage.output)
+            return read_artifact(self.path, stage.name, artifact), artifact
         except BaseException as error:
             assert stage.output is not None
             shutil.rmtree(stage.output, ignore_errors=True)
@@ -346,40 +312,6 @@ class Round:
         return self.run.stage(f"{self.label}/{name}", function, *args, **kwargs)
 
 
-def fingerprint(value: Any) -> str:
-    """A string that is equal for equal inputs of a stage. Raises TypeError for what has no stable content.
-
-    A function is known by its name: what it closes over, and later changes of its body, are not seen.
-    """
-    if isinstance(getattr(value, "fingerprint", None), str):
-        return value.fingerprint
-    if isinstance(value, Record):
-        return _sha256(type(value).__name__ + value.to_json())
-    if isinstance(value, Config):
-        return _sha256(type(value).__name__ + value.model_dump_json())
-    if isinstance(value, Path):
-        return _hash_path(value)
-    if isinstance(value, partial):
-        return _hash_parts("partial", value.func, value.args, value.keywords)
-    if isinstance(value, list | tuple):
-        if all(isinstance(item, Record) for item in value):
-            return _sha256("".join(record.to_json() + "\n" for record in value))  # that of the file of these records
-        return _hash_parts("list", *value)
-    if isinstance(value, dict):
-        return _hash_parts("dict", *sorted(_hash_parts("item", key, item) for key, item in value.items()))
-    if value is None or isinstance(value, bool | int | float | str):
-        text = f"{type(value).__name__}:{value!r}"
-        return text if len(text) <= 100 else _sha256(text)  # short ones can be read in the manifest
-    if callable(value) and hasattr(value, "__qualname__") and not inspect.ismethod(value):
-        name = f"{value.__module__}:{value.__qualname__}"
-        if "<" in name:
-            raise TypeError(
-                f"{name} has no name of its own; define it at the top of a module, or use functools.partial"
-            )
-        return name
-    raise TypeError(f"a stage cannot take a {type(value).__name__}: it has no fingerprint")
-
-
 @cache
 def environment() -> dict[str, Any]:
     """Versions and hardware, read without importing anything heavy."""
@@ -390,70 +322,6 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {**versions, "platform": platform.platform(), "cpus": os.cpu_count()}
-
-
-def _write(root: Path, name: str, result: Any, stage: Stage) -> dict[str, Any]:
-    """Write a stage's result whole; returns what the manifest says of it."""
-    if isinstance(result, Path):
-        if result != stage.output:
-            raise TypeError(f"stage {name} returned the path {result}, which is not its stage.output")
-        write_folder_atomically(root / name, lambda temporary: _move_contents(result, temporary))
-        files = _listing(root / name)
-        return {"path": name, "kind": "folder", "sha256": _hash_listing(files), "files": files}
-    if isinstance(result, list | tuple):
-        kinds = {type(record) for record in result}
-        if len(kinds) > 1 or not all(issubclass(kind, Record) for kind in kinds):
-            raise TypeError(f"stage {name} returned a list of {kinds}; expected records of one kind")
-        text = "".join(_line(record, name) + "\n" for record in result)
-        kind, type_name, suffix = "records", _name(kinds.pop()) if kinds else None, ".jsonl"
-    elif isinstance(result, Record | Config):
-        text, kind, type_name, suffix = _line(result, name) + "\n", "record", _name(type(result)), ".json"
-    elif isinstance(result, dict):
-        text, kind, type_name, suffix = json.dumps(result, indent=1) + "\n", "json", None, ".json"
-    else:
-        raise TypeError(
-            f"stage {name} returned a {type(result).__name__}; expected records, a config, a dictionary or its output"
-        )
-    data = text.encode()
-    write_atomically(root / (name + suffix), data)
-    digest = hashlib.sha256(data).hexdigest()
-    return {"path": name + suffix, "kind": kind, "type": type_name, "sha256": digest, "bytes": len(data)}
-
-
-def _read(root: Path, name: str, artifact: dict[str, Any]) -> Any:
-    """A finished artifact as the value that `Run.stage` returns."""
-    path, kind = root / artifact["path"], artifact["kind"]
-    if kind == "folder":
-        return FolderArtifact(name=name, path=path, fingerprint=artifact["sha256"])
-    text = path.read_text(encoding="utf-8")
-    if kind == "json":
-        return json.loads(text)
-    if artifact["type"] is None:
-        return Records([], path, artifact["sha256"])
-    module, _, qualified = artifact["type"].partition(":")
-    record_type = getattr(importlib.import_module(module), qualified)
-    if kind == "record":
-        return record_type.model_validate_json(text)
-    return Records([record_type.from_json(line) for line in text.split("\n")[:-1]], path, artifact["sha256"])
-
-
-def _line(value: Record | Config, name: str) -> str:
-    """One line of JSON from which the same value is read. JSON has no NaN or infinity: they would become null."""
-
-    def written(value: Record | Config) -> str:
-        return value.to_json() if isinstance(value, Record) else value.model_dump_json()
-
-    line = written(value)
-    try:
-        same = written(type(value).model_validate_json(line)) == line
-    except ValidationError:
-        same = False
-    if not same:
-        raise CheckFailed(
-            f"stage {name}: a {type(value).__name__} does not read back from JSON as it was written; it should hold no "
-            f"NaN and no infinite number: {line if len(line) <= 200 else line[:197] + '...'}"
-        )
-    return line
 
 
 def _takes_stage(function: Callable[..., Any]) -> bool:
@@ -475,21 +343,6 @@ def _disk_full(error: BaseException) -> OSError | None:
             return OSError(number, os.strerror(number))
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _intact(root: Path, artifact: dict[str, Any]) -> bool:
-    """True when a file is as it was written, and the files of a folder (a model: large) have the sizes they had."""
-    if artifact["kind"] == "folder":
-        folder = root / artifact["path"]
-        return all((folder / n).is_file() and (folder / n).stat().st_size == size for n, (size, _) in
-                   artifact["files"].items())  # fmt: skip
-    path = root / artifact["path"]
-    return path.is_file() and _hash_file(path) == artifact["sha256"]
-
-
-def _move_contents(source: Path, target: Path) -> None:
-    for entry in sorted(source.iterdir()):
-        shutil.move(str(entry), target / entry.name)
 
 
 def _scratch_key(scratch: Path) -> str | None:
@@ -541,52 +394,5 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_parts(kind: str, *parts: Any) -> str:
-    return _sha256(json.dumps([kind, *map(fingerprint, parts)]))
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _listing(folder: Path) -> dict[str, list[Any]]:
-    """Size and hash of every file below a folder, by its name from there."""
-    files = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
-    return {name: [file.stat().st_size, _hash_file(file)] for name, file in files}
-
-
-def _hash_listing(files: dict[str, list[Any]]) -> str:
-    return _sha256(json.dumps(files))
-
-
-def _hash_path(path: Path) -> str:
-    """The contents of a file, or of a folder. Raises InputError when there is none."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist; check the path")
-    return _hash_listing(_listing(path)) if path.is_dir() else _hash_file(path)
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-__all__ = [
-    "FolderArtifact",
-    "Records",
-    "Round",
-    "Run",
-    "Stage",
-    "environment",
-    "fingerprint",
-    "write_atomically",
-    "write_folder_atomically",
-]

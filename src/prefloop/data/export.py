@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefloop.atomic import write_atomically
 from prefloop.records import Pair
-from prefloop.run import write_atomically
 
 EXTRAS: dict[str, tuple[Callable[[Pair], Any], Any]] = {
     "category": (lambda pair: pair.prompt.category, None),

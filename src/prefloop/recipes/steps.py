@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 from rich.console import Console
 
+from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, load_pairs, load_prompts
@@ -20,7 +21,7 @@ from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.story import read_story
 from prefloop.report.table import terminal_table
-from prefloop.run import Run, Stage, write_atomically
+from prefloop.run import Run, Stage
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed, generator
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from prefloop.atomic import write_atomically
 from prefloop.records import Prompt
 from prefloop.report.plots import plot_alpha, plot_training
 from prefloop.report.story import Round, Story
 from prefloop.report.table import markdown_table
-from prefloop.run import write_atomically
 
 
 def write_report(story: Story) -> Path:

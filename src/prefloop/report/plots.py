@@ -67,7 +67,7 @@ def _axes(n: int):
 def _save(figure, file: Path) -> None:
     import io
 
-    from prefloop.run import write_atomically
+    from prefloop.atomic import write_atomically
 
     buffer = io.BytesIO()
     # Without the Software entry the bytes would change with matplotlib's version string only.

@@ -71,5 +71,5 @@ def _read_round(folder: Path, label: str) -> Round:
         checkup=Checkup.from_json(checkup) if checkup else None,
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
-        answers=[Group.from_json(line) for line in text("answers.jsonl").splitlines()],
+        answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
     )

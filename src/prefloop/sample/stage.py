@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefloop.atomic import write_atomically
 from prefloop.errors import InputError, did_you_mean
 from prefloop.models import ModelRef, choose_device, choose_sampling_dtype, load_model, load_tokenizer
 from prefloop.records import Group, Prompt
-from prefloop.run import Stage, write_atomically
+from prefloop.run import Stage
 from prefloop.sample.engine import Engine, check_request, shards
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute

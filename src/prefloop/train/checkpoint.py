@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prefloop.atomic import write_folder_atomically
 from prefloop.errors import InputError
-from prefloop.run import write_folder_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +28,10 @@ def save_checkpoint(
 
     def write(folder: Path) -> None:
         trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-        torch.save(trained, folder / "weights.pt")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        for name, content in (("weights.pt", trained), ("optimizer.pt", optimizer.state_dict())):
+            # On an open file: given a path, a full disk ends in a RuntimeError that hides its cause.
+            with (folder / name).open("wb") as handle:
+                torch.save(content, handle)
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
         files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
         (folder / LISTING).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")

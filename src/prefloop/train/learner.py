@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed
 from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer, require_peft, write_model
 from prefloop.records import Pair
-from prefloop.run import Stage, write_atomically
+from prefloop.run import Stage
 from prefloop.seeds import derive_seed, generator
 from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
 from prefloop.train.config import Compute, Lora, Train
