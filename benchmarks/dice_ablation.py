@@ -3,9 +3,11 @@
     python benchmarks/dice_ablation.py --out runs/ablation
 
 For each seed, from one DPO policy pi(0) and its reference pi(-1):
-- length gap of best against worst at alpha = 0, for the first K = 2, 4, 8, 16 answers, and at alpha* (K = 16);
-- mean length in characters of answers to held-out prompts by pi(0), and after one round at alpha = 0 and at alpha*
-  (gamma = 0: pairs of the model's own only, where the length correction acts most);
+- length gap of best against worst at alpha = 0, for K = 2, 4, 8, 16, and at alpha* (K = 16). 16 answers are sampled to
+  each prompt and prompts with at least 8 finished ones are kept, so that the same prompts are compared at every K:
+  K = 2, 4, 8 are means over random subsets of the finished answers, K = 16 is all of them;
+- mean length in characters of answers to held-out prompts (cut ones included) by pi(0), and after one round at
+  alpha = 0 and at alpha* (gamma = 0: pairs of the model's own only, where the length correction acts most);
 - negative log-likelihood per token of held-out offline chosen responses after one round with gamma = 0, 0.5 and 1.
 
 Figures are mean over seeds with a 95 % interval (Student t over seeds). Resumable: the same command continues.
@@ -33,6 +35,7 @@ from prefloop.records import Group, Pair
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample
+from prefloop.seeds import generator
 from prefloop.train.config import Compute, Train
 from prefloop.train.reference import logps_under
 
@@ -46,9 +49,14 @@ class AblationConfig(Config):
 
     policy: str = "smollm2-135m"
     seeds: int = 3
-    prompts: int = 24
-    answers: int = 32
-    max_new_tokens: int = 64
+    pairs: int = 64
+    prompts: int = 32
+    min_valid: int = 8
+    subsets: int = 50
+    answers: int = 2
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 80
     steps: int = 12
     batch_size: int = 4
     learning_rate: float = 1e-5
@@ -93,11 +101,12 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     compute, label = Compute(), f"seed-{seed}"
     stage = partial(run_stage, run, label)
     start = resolve(cfg.policy)
-    offline = run.stage("data/pairs", tokenise, load("seed:train", "pairs", "error", run), start)
+    every = run.stage("data/pairs", tokenise, load("seed:train", "pairs", "error", run), start)
+    offline = [every[i] for i in sorted(generator(seed, "pairs").permutation(len(every))[: cfg.pairs])]
     held_out = run.stage("data/held_out", tokenise, load("seed:held_out", "held-out", "error", run), start)
     train = Train(steps=cfg.steps, batch_size=cfg.batch_size, learning_rate=cfg.learning_rate, warmup_steps=2,
                   validation_pairs=0)  # fmt: skip
-    sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
+    sampling = Sampling(temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens)
 
     def trained(name: str, policy: ModelRef, pairs: list[Pair]) -> ModelRef:
         return dpo_round(run.part(f"{label}/{name}"), policy, policy, pairs, beta=0.1, train=train, compute=compute,
@@ -106,7 +115,7 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     policy = trained("pi-0", start, offline)
     prompts = some(prompts_of(offline), cfg.prompts, seed)
     groups = stage("groups", sample, policy, prompts, k=max(KS), sampling=sampling, seed=seed, compute=compute)
-    valid = stage("valid", keep_finished, groups, min_chars=3, max_chars=6700, min_valid=2)
+    valid = stage("valid", keep_finished, groups, min_chars=3, max_chars=6700, min_valid=cfg.min_valid)
     scored = stage("feedback", implicit_reward, valid, policy, start, compute=compute)
     coefficient = length_coefficient(scored)
 
@@ -124,7 +133,7 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     }
 
     def length_of(name: str, model: ModelRef) -> float:
-        answers = stage(f"{name}-answers", sample, model, prompts_of(held_out)[: cfg.answers], k=1, sampling=sampling,
+        answers = stage(f"{name}-answers", sample, model, prompts_of(held_out), k=cfg.answers, sampling=sampling,
                         seed=seed, compute=compute)  # fmt: skip
         return float(np.mean([response.length_chars for group in answers for response in group.responses]))
 
@@ -132,7 +141,7 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
         return stage(f"{name}-nll", chosen_nll, model, held_out, compute=compute)["nll_per_token"]
 
     return {
-        "gap_alpha0": {k: fixed_coefficient(first(groups, scored, k), 0.0, unit="chars").gap for k in KS},
+        "gap_alpha0": {k: gap_of_subsets(scored, k, cfg.subsets, seed) for k in KS},
         "gap_alpha_star": coefficient.gap,
         "alpha_star": coefficient.alpha,
         "prompts_kept": len(scored),
@@ -148,16 +157,21 @@ def run_stage(run: Run, label: str, name: str, *args: object, **kwargs: object):
     return run.stage(f"{label}/{name}", *args, **kwargs)  # type: ignore[arg-type]
 
 
-def first(groups: list[Group], scored: list[Group], k: int) -> list[Group]:
-    """The scored answers among the first k sampled of each prompt, where at least two are left."""
-    kept = []
-    sampled = {group.prompt.id: group.responses[:k] for group in groups}
-    for group in scored:
-        early = {response.token_ids for response in sampled[group.prompt.id]}
-        responses = tuple(response for response in group.responses if response.token_ids in early)
-        if len(responses) >= 2:
-            kept.append(group.model_copy(update={"responses": responses}))
-    return kept
+def gap_of_subsets(scored: list[Group], k: int, subsets: int, seed: int) -> float:
+    """Mean length gap at alpha = 0 when k of each prompt's answers compete: all of them where there are no more."""
+    gaps = []
+    for draw in range(subsets if k < max(len(group.responses) for group in scored) else 1):
+        rng = generator(seed, "subset", k, draw)
+        smaller = [
+            group.model_copy(
+                update={
+                    "responses": tuple(group.responses[i] for i in sorted(rng.permutation(len(group.responses))[:k]))
+                }
+            )
+            for group in scored
+        ]
+        gaps.append(fixed_coefficient(smaller, 0.0, unit="chars").gap)
+    return float(np.mean(gaps))
 
 
 def chosen_nll(model: ModelRef, pairs: list[Pair], *, compute: Compute) -> dict[str, float]:

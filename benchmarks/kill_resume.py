@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 SMALL = """
---k 4 --prompts-per-round 6 --filters.min-valid 2 --sampling.max-new-tokens 32 --look-at.answers 4 --look-at.shown 2
+--k 4 --prompts-per-round 12 --filters.min-valid 2 --sampling.max-new-tokens 64 --look-at.answers 4 --look-at.shown 2
 --start.steps 4 --start.batch-size 2 --start.checkpoint-every 1 --start.validation-pairs 2
 --train.steps 4 --train.batch-size 2 --train.checkpoint-every 1 --train.validation-pairs 2
 --compute.sequences-per-batch 8

@@ -13,6 +13,7 @@ from prefloop.run import Run, Stage
 from prefloop.sample import stage as stages
 from prefloop.sample.engine import Engine, shards
 from prefloop.sample.sampling import Sampling
+from prefloop.sample.scripted import ScriptedEngine
 from prefloop.sample.stage import load_engine, sample
 from prefloop.sample.transformers import TransformersEngine
 from prefloop.train.config import Compute
@@ -176,17 +177,11 @@ def test_in_a_run_the_note_gives_the_rate_and_scratch_is_removed(
 
 
 def test_texts_with_other_line_separators_survive_a_resume(tmp_path: Path) -> None:
+    engine = ScriptedEngine(CHAT, lambda prompt, k, seed: "one\u2028two\x85three\r\nfour")
+    groups = engine.sample(PROMPTS[:1], k=1, sampling=SAMPLING, seed=0)
     file = tmp_path / "shard.jsonl"
-    [group] = load_scripted_group("one\u2028two\x85three\r\nfour")
-    stages._write_shard(file, [group])
-    assert stages._read_shard(file) == [group]
-
-
-def load_scripted_group(text: str) -> list[Group]:
-    from prefloop.sample.scripted import ScriptedEngine
-
-    engine = ScriptedEngine(CHAT, lambda prompt, k, seed: text)
-    return engine.sample(PROMPTS[:1], k=1, sampling=Sampling(), seed=0)
+    stages._write_shard(file, groups)
+    assert stages._read_shard(file) == groups
 
 
 def test_no_prompts_load_no_model() -> None:

@@ -92,18 +92,26 @@ def paper() -> DiceConfig:
 
 def demo() -> DiceConfig:
     """The packaged small model and seed data: two rounds in minutes on two CPU cores."""
-    start = Train(steps=24, batch_size=8, learning_rate=3e-6, warmup_steps=4, validation_pairs=8, validate_every=12,
-                  checkpoint_every=12)  # fmt: skip
+    train = Train(
+        steps=12,
+        batch_size=4,
+        learning_rate=5e-6,
+        warmup_steps=2,
+        validation_pairs=4,
+        validate_every=6,
+        checkpoint_every=6,
+    )
     return DiceConfig(
         policy="smollm2-135m",
         pairs="seed:train",
         held_out="seed:held_out",
         k=8,
-        prompts_per_round=24,
-        sampling=Sampling(temperature=0.9, top_p=1.0, max_new_tokens=80),
+        prompts_per_round=32,
+        sampling=Sampling(temperature=0.7, top_p=0.9, max_new_tokens=80),
         filters=Filters(min_valid=3),
-        start=start,
-        train=start.replace(steps=12, checkpoint_every=6, validate_every=6),
+        look_at=LookAt(answers=12, shown=4),
+        start=train.replace(steps=20, checkpoint_every=10),
+        train=train,
     )
 
 
