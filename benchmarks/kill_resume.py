@@ -58,12 +58,15 @@ def main() -> None:
     print(f"uninterrupted: {sum(seconds.values()):.0f} s in stages", flush=True)
 
     draw = random.Random(args.seed)
-    targets = sorted(draw.sample(range(len(TARGETS)), min(args.kills, len(TARGETS))))
+    # Sampling, scoring, pairs, training and saving once each; the other kills where chance puts them.
+    each = [target for target in TARGETS if target[0].startswith("round-1/")]
+    others = draw.sample([target for target in TARGETS if target not in each], max(0, args.kills - len(each)))
+    targets = [target for target in TARGETS if target in each + others]
     kills = 0
     while kills < args.kills:
         if not targets:
             raise SystemExit(f"the run ended before kill {kills + 1} of {args.kills}")
-        name, moment = TARGETS[targets.pop(0)]
+        name, moment = targets.pop(0)
         if kill_once(args.policy, killed, name, moment, delay=draw.random() * 0.9 * seconds[name]):
             kills += 1
     process = start(args.policy, killed)
@@ -97,6 +100,7 @@ def events(out: Path) -> list[dict]:
 
 def kill_once(policy: str, out: Path, name: str, moment: str, *, delay: float) -> bool:
     """Run until that moment of the stage, wait `delay` (a saving lasts about a second), kill. False if it was over."""
+    delay = min(delay, 1.0) if moment == "saving" else delay
     before = len(events(out))
     process = start(policy, out)
     wanted = "saving" if moment == "saving" else "started"
@@ -105,7 +109,7 @@ def kill_once(policy: str, out: Path, name: str, moment: str, *, delay: float) -
             break
         time.sleep(0.005)
     try:
-        process.wait(timeout=min(delay, 1.0) if moment == "saving" else delay)
+        process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
         os.kill(process.pid, signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
