@@ -825,3 +825,21 @@ def test_the_pace_is_said_with_its_end() -> None:
     pace.advance(0, now=0.0)
     pace.advance(4, now=2.0)
     assert str(pace).startswith("2.00 answers/s, ends ") and str(pace).endswith(" (in 0:00:03)")
+
+
+def test_a_command_that_failed_before_its_first_stage_does_not_stand_in_the_way_of_the_corrected_one(
+    tmp_path: Path,
+) -> None:
+    with (
+        pytest.raises(InputError, match="no such file"),
+        Run.open(tmp_path / "run", recipe="dpo", config=Options(seed=1)),
+    ):
+        raise InputError("no such file")
+    with Run.open(tmp_path / "run", recipe="dice", config=Options(seed=2)) as run:
+        run.stage("draw", draw, PROMPTS, seed=2)
+    assert "seed: 2" in (tmp_path / "run/config.yaml").read_text()
+    with (
+        pytest.raises(InputError, match="seed: 2 here, 3 asked for"),
+        Run.open(tmp_path / "run", recipe="dice", config=Options(seed=3)),
+    ):
+        pass

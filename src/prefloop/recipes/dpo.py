@@ -53,8 +53,8 @@ def demo() -> DpoConfig:
         held_out="seed:held_out",
         sampling=Sampling(temperature=0.7, top_p=0.9, max_new_tokens=64),
         train=Train(
-            steps=32, batch_size=8, learning_rate=2e-6, warmup_steps=4, validation_pairs=8, validate_every=16,
-            checkpoint_every=16,
+            steps=24, batch_size=4, learning_rate=5e-6, warmup_steps=2, validation_pairs=8, validate_every=12,
+            checkpoint_every=12,
         ),
     )  # fmt: skip
 
