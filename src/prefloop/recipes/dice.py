@@ -26,21 +26,31 @@ from pydantic import Field
 
 from prefloop.config import Config
 from prefloop.feedback.implicit_reward import implicit_reward
-from prefloop.feedback.scorer import load_function, score_with
+from prefloop.feedback.scorer import Scores, load_function, score_with
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.filters import keep_finished, keep_scored
 from prefloop.pairs.length import LengthCoefficient, fixed_coefficient, length_coefficient
 from prefloop.pairs.replay import mix
 from prefloop.pairs.select import best_vs_worst, check_score_spread, debias_length
 from prefloop.recipes.dpo import dpo_round
-from prefloop.recipes.steps import LookAt, conclude, load_or_reuse, look_at, offline_and_held_out, some, two_models
+from prefloop.recipes.steps import (
+    LookAt,
+    check_room,
+    conclude,
+    load_or_reuse,
+    look_at,
+    offline_and_held_out,
+    prompts_of,
+    some,
+    two_models,
+)
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
-    from prefloop.records import Group, Pair
+    from prefloop.records import Group, Pair, Prompt
     from prefloop.run import Round, Run
 
 
@@ -117,10 +127,12 @@ def demo() -> DiceConfig:
 
 def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
     """Run DICE; returns the final model, RUN/model."""
+    scorer = None if cfg.scorer == "implicit_reward" else load_function(cfg.scorer)
     policy, reference = two_models(cfg.policy, cfg.reference) if cfg.reference else (None, resolve(cfg.policy))
     start = reference
     offline, held_out = offline_and_held_out(cfg, run, start)
     prompts = load_or_reuse(cfg.prompts, offline, cfg.on_bad_row, run)
+    check_room([*prompts, *prompts_of(held_out)], start, cfg.sampling.max_new_tokens)
     look = partial(look_at, run, start, held_out, cfg)
 
     look("start", start)
@@ -134,7 +146,8 @@ def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
         generated: list[Pair] = []
         if cfg.replay_fraction < 1:
             drawn = some(prompts, cfg.prompts_per_round, derive_seed(cfg.seed, "prompts", t))
-            generated = bootstrap(cfg, round, policy, reference, drawn, seed=derive_seed(cfg.seed, "sample", t))
+            seed = derive_seed(cfg.seed, "sample", t)
+            generated = bootstrap(cfg, round, policy, reference, drawn, scorer, seed=seed)
         mixed = round.stage("mixed", mix, generated, offline, fraction=cfg.replay_fraction,
                             seed=derive_seed(cfg.seed, "mix", t))  # fmt: skip
         trained = dpo_round(
@@ -153,17 +166,24 @@ def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
 
 
 def bootstrap(
-    cfg: DiceConfig, round: "Round", policy: ModelRef, reference: ModelRef, prompts: list, *, seed: int
+    cfg: DiceConfig,
+    round: "Round",
+    policy: ModelRef,
+    reference: ModelRef,
+    prompts: "list[Prompt]",
+    scorer: Scores | None,
+    *,
+    seed: int,
 ) -> "list[Pair]":
     """Steps 1 to 4: pairs that the model makes for itself, with their log-probabilities under `policy` = pi(t-1)."""
     groups = round.stage("groups", sample, policy, prompts, k=cfg.k, sampling=cfg.sampling, seed=seed,
                          compute=cfg.compute)  # fmt: skip
     valid = round.stage("valid", keep_finished, groups, **cfg.filters.model_dump())
-    if cfg.scorer == "implicit_reward":
+    if scorer is None:
         scored = round.stage("feedback", implicit_reward, valid, policy, reference, compute=cfg.compute)
         check_score_spread(scored)
     else:
-        scored = round.stage("feedback", score_with, valid, load_function(cfg.scorer))
+        scored = round.stage("feedback", score_with, valid, scorer)
         scored = round.stage("scored", keep_scored, scored, min_valid=cfg.filters.min_valid)
     coefficient = round.stage("length", find_coefficient, scored, alpha=cfg.alpha, unit=cfg.length_unit)
     return round.stage("pairs", best_vs_worst, debias_length(scored, coefficient), reference=policy.fingerprint)

@@ -87,6 +87,13 @@ def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
     ]
 
 
+def check_room(prompts: Sequence[Prompt], model: ModelRef, max_new_tokens: int) -> None:
+    """Raises InputError, before anything is computed, for a prompt that leaves no room for its answer."""
+    chat, context = ChatFormat(load_tokenizer(model)), context_of(model)
+    for prompt in prompts:
+        check_prompt_length(chat.prompt_ids(prompt), max_new_tokens, context, prompt)
+
+
 def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
     """The prompts of preference pairs, each once, in order."""
     return list({pair.prompt.id: pair.prompt for pair in pairs}.values())
