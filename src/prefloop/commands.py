@@ -55,7 +55,7 @@ class ScoreOptions(Config):
 
 
 class PairsOptions(Config):
-    """Best against worst of scored groups, length debiased, mixed with offline pairs."""
+    """Best against worst of scored groups, length debiased, mixed with offline pairs; alpha goes to OUT.length.json."""
 
     file: str = Field(default="", description="scored groups, as `prefloop score` writes them")
     out: str = Field(default="pairs.jsonl", description="the file to write")
@@ -105,6 +105,8 @@ def score(options: ScoreOptions) -> None:
 def pairs(options: PairsOptions) -> None:
     """`prefloop pairs`."""
     needed(options, "file")
+    if bool(options.offline) != (options.replay_fraction > 0):
+        raise InputError("--offline and --replay-fraction go together: one says which pairs, the other what share")
 
     def work(run: Run) -> Sequence[Record]:
         groups = read_groups(options.file)
@@ -115,6 +117,7 @@ def pairs(options: PairsOptions) -> None:
             f"alpha {coefficient.alpha:.4g} nats per {coefficient.unit[:-1]}: mean length gap "
             f"{coefficient.gap_at_zero:+.1f} to {coefficient.gap:+.1f} {coefficient.unit}"
         )
+        write_atomically(Path(options.out + ".length.json"), coefficient.to_json() + "\n")
         made = run.stage("pairs", best_vs_worst, debias_length(scored, coefficient))
         if not options.offline:
             return made

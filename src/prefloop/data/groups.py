@@ -6,8 +6,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from prefloop.data.files import read_rows
+from prefloop.data.mapping import are_pairs, pairs_of_rows
 from prefloop.errors import InputError
-from prefloop.records import Group, Pair, Prompt, Response
+from prefloop.records import Group, Prompt, Response, content_id
 
 ONE = ("response", "completion", "output", "answer")
 """Columns that hold one response; rows with the same prompt become one group."""
@@ -23,9 +24,13 @@ def read_groups(source: str) -> list[Group]:
 
     Raises InputError with file, row number, what was seen and what was expected for the first row that does not fit.
     """
+    rows = read_rows(source)
+    if are_pairs(rows):
+        pairs = pairs_of_rows(rows).records
+        return [Group(prompt=pair.prompt, responses=(pair.chosen, pair.rejected)) for pair in pairs]
     responses: dict[str, list[Response]] = {}
     prompts: dict[str, Prompt] = {}
-    for row in read_rows(source):
+    for row in rows:
         try:
             group = _group(row.data)
         except (ValidationError, InputError, TypeError):
@@ -33,26 +38,22 @@ def read_groups(source: str) -> list[Group]:
         if group is None or not group.responses:
             seen = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.data.items())
             raise InputError(f"{row.where}: a row with {{{seen}}}; expected {EXPECTED}")
-        prompts.setdefault(group.prompt.id, group.prompt)
-        responses.setdefault(group.prompt.id, []).extend(group.responses)
-    return [Group(prompt=prompt, responses=tuple(responses[id])) for id, prompt in prompts.items()]
+        key = content_id(group.prompt.messages)
+        prompts.setdefault(key, group.prompt)
+        responses.setdefault(key, []).extend(group.responses)
+    return [Group(prompt=prompt, responses=tuple(responses[key])) for key, prompt in prompts.items()]
 
 
 def _group(row: Mapping[str, Any]) -> Group | None:
     prompt = row.get("prompt")
     if isinstance(prompt, dict) and "responses" in row:
         return Group.model_validate_json(_json(row))
-    if isinstance(prompt, dict) and "chosen" in row:
-        pair = Pair.model_validate_json(_json(row))
-        return Group(prompt=pair.prompt, responses=(pair.chosen, pair.rejected))
     if not isinstance(prompt, str | list) or not prompt:
         return None
     texts = row.get("responses")
-    if texts is None and "chosen" in row and "rejected" in row:
-        texts = [row["chosen"], row["rejected"]]
     if texts is None:
         texts = [row[name] for name in ONE if name in row]
-    parsed = Prompt.of(prompt, id=row.get("id"), category=row.get("category"))
+    parsed = Prompt.of(prompt, category=row.get("category"))
     return Group(prompt=parsed, responses=tuple(Response(text=_text(text)) for text in texts))
 
 

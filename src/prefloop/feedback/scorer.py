@@ -7,6 +7,8 @@ None means that this response could not be scored; it is dropped and counted, ne
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -22,10 +24,13 @@ def load_function(name: str) -> Scores:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise InputError(f"scorer {name!r}: expected 'implicit_reward' or 'module:function'")
+    sys.path.insert(0, os.getcwd())  # a module beside the data, as `python -m` would find it
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"scorer {name!r}: module {module_name!r} cannot be imported ({error})") from None
+    finally:
+        sys.path.pop(0)
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"scorer {name!r}: module {module_name!r} has no function {function_name!r}")
@@ -50,7 +55,7 @@ def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None
             )
         responses = tuple(
             response.model_copy(update={"score": None, "failure": "the scorer gave none"})
-            if score is None or math.isnan(score)
+            if score is None or not math.isfinite(score)
             else response.model_copy(update={"score": float(score)})
             for response, score in zip(group.responses, row, strict=True)
         )

@@ -20,9 +20,9 @@ and trained on as they are, not decoded and encoded again; gamma = 1 works.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.config import Config
 from prefloop.feedback.implicit_reward import implicit_reward
@@ -37,7 +37,7 @@ from prefloop.recipes.steps import (
     LookAt,
     check_room,
     conclude,
-    load_or_reuse,
+    load_own_prompts,
     look_at,
     offline_and_held_out,
     prompts_of,
@@ -94,6 +94,17 @@ class DiceConfig(Config):
     train: Train = Field(default_factory=Train, description="every DICE round")
     compute: Compute = Field(default_factory=Compute)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.filters.min_valid > self.k:
+            raise ValueError(
+                f"filters.min_valid = {self.filters.min_valid} is more than k = {self.k}: every prompt would be "
+                "dropped; raise k, or lower filters.min_valid"
+            )
+        if self.alpha != "auto" and not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"alpha = {self.alpha}: expected auto, or a number of at least 0")
+        return self
+
 
 def paper() -> DiceConfig:
     """The paper's Zephyr setting as published: needs GPUs. Give --pairs and --held-out."""
@@ -130,8 +141,9 @@ def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
     scorer = None if cfg.scorer == "implicit_reward" else load_function(cfg.scorer)
     policy, reference = two_models(cfg.policy, cfg.reference) if cfg.reference else (None, resolve(cfg.policy))
     start = reference
+    own_prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
     offline, held_out = offline_and_held_out(cfg, run, start)
-    prompts = load_or_reuse(cfg.prompts, offline, cfg.on_bad_row, run)
+    prompts = own_prompts or prompts_of(offline)
     check_room([*prompts, *prompts_of(held_out)], start, cfg.sampling.max_new_tokens)
     look = partial(look_at, run, start, held_out, cfg)
 

@@ -68,7 +68,9 @@ def dpo(cfg: DpoConfig, run: "Run") -> ModelRef:
     pairs, held_out = offline_and_held_out(cfg, run, reference)
     look = partial(look_at, run, reference, held_out, cfg)
 
-    look("start", policy)
+    look("start", reference)
+    if cfg.reference:
+        look("round-0", policy)
     policy = dpo_round(run.round(1), policy, reference, pairs, beta=cfg.beta, train=cfg.train, compute=cfg.compute,
                        seed=derive_seed(cfg.seed, "dpo"))  # fmt: skip
     look("round-1", policy)
@@ -88,14 +90,19 @@ def dpo_round(
 ) -> ModelRef:
     """One DPO training of `policy` against a frozen `reference`; the trained model is ROUND/model.
 
-    Reference log-probabilities that the pairs already carry for this reference are used as they are.
+    Reference log-probabilities that the pairs already carry for this reference are used as they are. At most a quarter
+    of the pairs is held out to watch.
     """
     from prefloop.train.learner import fit
     from prefloop.train.losses import dpo as dpo_loss
     from prefloop.train.reference import with_reference_logps
 
     pairs = round.stage("training_pairs", with_reference_logps, pairs, reference, compute=compute)
-    training, validation = hold_out(pairs, train.validation_pairs, seed=seed)
+    watched = min(train.validation_pairs, len(pairs) // 4)
+    if watched < train.validation_pairs:
+        round.run.note(f"{round.label}: {watched} validation pairs, a quarter of {len(pairs)}, not the "
+                       f"{train.validation_pairs} asked for")  # fmt: skip
+    training, validation = hold_out(pairs, watched, seed=seed)
     folder = round.stage(
         "model",
         fit,

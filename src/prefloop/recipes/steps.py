@@ -16,7 +16,7 @@ from prefloop.errors import InputError
 from prefloop.evaluate.checkup import checkup
 from prefloop.models import ModelRef, check_different, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.records import Group, Pair, Prompt
+from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.story import read_story
@@ -69,7 +69,7 @@ def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = No
     for pair in pairs:
         prompt_ids = chat.prompt_ids(pair.prompt)
         check_prompt_length(prompt_ids, 1, context, pair.prompt)
-        chosen, rejected = chat.with_token_ids(pair.chosen), chat.with_token_ids(pair.rejected)
+        chosen, rejected = own_ids(chat, pair.chosen), own_ids(chat, pair.rejected)
         if context and len(prompt_ids) + max(chosen.length_tokens, rejected.length_tokens) > context:
             stage.count(f"pairs dropped: longer than the context of {context} tokens")
             continue
@@ -79,12 +79,27 @@ def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = No
 
 
 def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
-    """The groups with the model's token ids where responses have none yet; a given text counts as finished."""
+    """The groups with the model's token ids, for scoring under any model; a given text counts as finished.
+
+    What the sampler knew of its own log-probabilities is left out: another model may have sampled.
+    """
     chat = ChatFormat(load_tokenizer(model))
+    check_room([group.prompt for group in groups], model, 1)
+
+    def own(response: Response) -> Response:
+        return own_ids(chat, response).model_copy(update={"sampling_logp": None})
+
     return [
-        group.model_copy(update={"responses": tuple(chat.with_token_ids(response) for response in group.responses)})
-        for group in groups
+        group.model_copy(update={"responses": tuple(own(response) for response in group.responses)}) for group in groups
     ]
+
+
+def own_ids(chat: ChatFormat, response: Response) -> Response:
+    """The response with ids of this tokenizer: those it has where they say its text, else those of its text."""
+    ids = response.token_ids
+    if ids is not None and (max(ids) >= len(chat.tokenizer) or chat.decode(ids).strip() != response.text.strip()):
+        response = response.model_copy(update={"token_ids": None})
+    return chat.with_token_ids(response)
 
 
 def check_room(prompts: Sequence[Prompt], model: ModelRef, max_new_tokens: int) -> None:
@@ -121,23 +136,29 @@ def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair
     """
     from prefloop.train.reference import with_reference_logps
 
-    offline = run.stage("data/pairs", tokenise, load(cfg.pairs, "pairs", cfg.on_bad_row, run), model)
-    if cfg.held_out:
-        held_out = run.stage("data/held_out", tokenise, load(cfg.held_out, "held-out", cfg.on_bad_row, run), model)
+    pairs = load(cfg.pairs, "pairs", cfg.on_bad_row, run)
+    apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
+    offline = run.stage("data/pairs", tokenise, pairs, model)
+    if apart:
+        held_out = run.stage("data/held_out", tokenise, apart, model)
     else:
         offline, held_out = hold_out(offline, min(256, len(offline) // 10), seed=derive_seed(cfg.seed, "held out"))
     return offline, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
 
 
-def load_or_reuse(source: str, pairs: Sequence[Pair], on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
-    """The prompts of a user's source, or those of the pairs, each once, when none was named."""
-    return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else prompts_of(pairs)
+def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
+    """The prompts of a user's source; none when none was named."""
+    return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []
 
 
 def _said(loaded: Loaded, run: Run) -> list[Any]:
     run.note(f"{loaded.source}: {len(loaded.records)} rows; {loaded.mapping.describe()}")
     if loaded.bad_rows:
-        run.note(f"{loaded.source}: {len(loaded.bad_rows)} rows skipped, the first: {loaded.bad_rows[0].reason}")
+        run.note(f"{loaded.source}: {len(loaded.bad_rows)} rows skipped; all are in events.jsonl, the first ones:")
+        for row in loaded.bad_rows:
+            run.event("row skipped", source=loaded.source, row=row.number, reason=row.reason)
+        for row in loaded.bad_rows[:10]:
+            run.say(f"  row {row.number}: {row.reason}")
     return loaded.records
 
 

@@ -36,7 +36,7 @@ def write_report(story: Story) -> Path:
 def _what(story: Story) -> str:
     config = story.config
     rows = [
-        ("start", config.get("policy")),
+        ("policy", config.get("policy")),
         ("reference", config.get("reference")),
         ("pairs", config.get("pairs")),
         ("held out", config.get("held_out")),

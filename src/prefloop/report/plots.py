@@ -1,5 +1,6 @@
 """The plots of a report, as PNG files. Same run, same bytes."""
 
+from itertools import cycle
 from pathlib import Path
 
 from prefloop.report.story import Story
@@ -14,7 +15,7 @@ def plot_alpha(story: Story, file: Path) -> bool:
     if not rounds:
         return False
     figure, axes = _axes(1)
-    for colour, round in zip(COLOURS, rounds, strict=False):
+    for colour, round in zip(cycle(COLOURS), rounds, strict=False):
         assert round.length is not None
         alphas, gaps = zip(*round.length.curve, strict=True)
         axes[0].step(alphas, gaps, where="post", color=colour, label=round.label)
@@ -37,7 +38,7 @@ def plot_training(story: Story, file: Path) -> bool:
         return False
     figure, axes = _axes(3)
     offset = 0
-    for colour, round in zip(COLOURS, rounds, strict=False):
+    for colour, round in zip(cycle(COLOURS), rounds, strict=False):
         steps = [row for row in round.training if "loss" in row]
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]

@@ -43,12 +43,12 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         "mean characters of own answers to held-out prompts",
         lambda r: _of(r, lambda c: _number(c.length_chars and c.length_chars[0], "{:.0f}")),
     ),
-    ("chosen", "change of the summed log-probability of held-out chosen responses since the start, in nats",
+    ("chosen", "change of the summed log-probability of held-out chosen responses since the start model, in nats",
      lambda r: _of(r, lambda c: _number(c.chosen_change))),
     ("rejected", "the same for rejected responses", lambda r: _of(r, lambda c: _number(c.rejected_change))),
     (
         "KL / token",
-        "drift from the start model, in nats a token of own answers",
+        "mean log pi - log pi_start a token of own answers, in nats, as they were sampled; the start is pi(-1)",
         lambda r: _of(r, lambda c: _number(c.kl_per_token and c.kl_per_token[0], "{:.4f}")),
     ),
 ]  # fmt: skip

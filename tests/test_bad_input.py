@@ -165,8 +165,8 @@ def test_a_prompt_longer_than_the_context(
     assert "'the-long-one'" in line and "1024" in line
     # A prompt that fits, but not with the answer's tokens.
     prompts = write(tmp_path / "prompts.jsonl", json.dumps({"id": "tight", "prompt": "w" * 800}) + "\n")
-    line = refused(capsys, "sample", "--policy", models["policy"], "--prompts", prompts, "--sampling.max-new-tokens", "300",
-                   "--out", str(tmp_path / "groups.jsonl"))  # fmt: skip
+    line = refused(capsys, "sample", "--policy", models["policy"], "--prompts", prompts,
+                   "--sampling.max-new-tokens", "300", "--out", str(tmp_path / "groups.jsonl"))  # fmt: skip
     assert "'tight'" in line and "300" in line and "1024" in line
     assert not (tmp_path / "groups.jsonl").exists()
 
@@ -278,8 +278,8 @@ def test_a_full_disk(tmp_path: Path, models: dict[str, str], good: str, limit: i
 def test_a_device_and_a_scorer_that_are_not_there(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, models: dict[str, str], good: str
 ) -> None:
-    line = refused(capsys, "dpo", "--policy", models["policy"], "--pairs", good, "--out", str(tmp_path / "a"), "--compute.device",
-                   "tpu")  # fmt: skip
+    line = refused(capsys, "dpo", "--policy", models["policy"], "--pairs", good, "--out", str(tmp_path / "a"),
+                   "--compute.device", "tpu")  # fmt: skip
     assert "device 'tpu' is not available here; available: " in line
     line = refused(capsys, "dice", "--policy", models["policy"], "--reference", models["reference"], "--pairs", good,
                    "--out", str(tmp_path / "b"), "--scorer", "nowhere:judge")  # fmt: skip
