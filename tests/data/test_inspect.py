@@ -22,7 +22,8 @@ FRAME = 1 + 5 + 1 + 1 + 1 + 10
 
 def shown(path: Path, *, n: int = 3, colour: bool = False, chat: ChatFormat | None = None) -> tuple[str, Summary]:
     output = io.StringIO()
-    console = Console(file=output, width=200, force_terminal=colour, color_system="standard" if colour else None)
+    # Wide enough that no temporary path, however long, wraps.
+    console = Console(file=output, width=400, force_terminal=colour, color_system="standard" if colour else None)
     chat = chat or ChatFormat(tiny_tokenizer("chatml"))
     summary = inspect_rows(path, chat, console, n, on_bad_row="skip")
     return output.getvalue(), summary
