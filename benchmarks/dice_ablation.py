@@ -16,7 +16,6 @@ Prints, last, one line of JSON.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def interval(values: list[float]) -> list[float]:
 def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
     """All figures of one seed."""
     compute, label = Compute(), f"seed-{seed}"
-    stage = partial(run_stage, run, label)
+    stage = run.part(label).stage
     start = resolve(cfg.policy)
     every = run.stage("data/pairs", tokenise, load("seed:train", "pairs", "error", run), start)
     offline = [every[i] for i in sorted(generator(seed, "pairs").permutation(len(every))[: cfg.pairs])]
@@ -151,10 +150,6 @@ def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:
         "nll_start": nll("start", policy),
         "nll_by_gamma": {gamma: nll(f"gamma-{gamma}", models[f"gamma-{gamma}"]) for gamma in ("0", "0.5", "1")},
     }
-
-
-def run_stage(run: Run, label: str, name: str, *args: object, **kwargs: object):
-    return run.stage(f"{label}/{name}", *args, **kwargs)  # type: ignore[arg-type]
 
 
 def gap_of_subsets(scored: list[Group], k: int, subsets: int, seed: int) -> float:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from prefloop.models import ModelRef
+from prefloop.data.chat import ChatFormat
+from prefloop.models import ModelRef, load_tokenizer
 from prefloop.recipes.dice import DiceConfig, Filters, demo, dice, paper
 from prefloop.recipes.dpo import DpoConfig, dpo
-from prefloop.recipes.steps import LookAt, run_in_folder
-from prefloop.records import Group, Pair
+from prefloop.recipes.steps import LookAt, own_ids, run_in_folder
+from prefloop.records import Group, Pair, Response
 from prefloop.report.story import read_story
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
@@ -310,3 +311,11 @@ def test_presets_hold_what_their_pages_say() -> None:
     assert (train.validation_pairs, published.filters.min_valid) == (576, 8)
     assert (published.filters.min_chars, published.filters.max_chars, published.length_unit) == (3, 6700, "chars")
     assert demo().policy == "smollm2-135m" and demo().rounds == 2
+
+
+def test_token_ids_of_another_tokenizer_are_not_believed(start: Path) -> None:
+    chat = ChatFormat(load_tokenizer(ModelRef.of(start)))
+    own = chat.with_token_ids(Response(text="yes"))
+    assert own_ids(chat, own) == own
+    for foreign in ((1, 2, 3), (10_000,), ()):
+        assert own_ids(chat, own.model_copy(update={"token_ids": foreign})) == own

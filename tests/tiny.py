@@ -52,8 +52,8 @@ def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerF
     # Sorted: the alphabet comes in an order that changes from process to process.
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL[template])
     named = NAMED[template]
     if template in ("llama3", "zephyr"):
@@ -65,7 +65,7 @@ def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerF
 
 def add_bos_to_text(backend: Tokenizer, bos: str) -> None:
     """Make encoding plain text (with special tokens) start with `bos`."""
-    backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
 

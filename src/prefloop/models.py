@@ -201,13 +201,14 @@ def load_model(ref: ModelRef, *, dtype: str = "float32", device: str = "cpu") ->
 
     try:
         with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype), local_files_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype), local_files_only=True)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"model {ref.name} cannot be loaded from {ref.path}: {_one_line(error)}; "
             "its files may be truncated or not those of a causal language model"
         ) from None
-    return model.to(device=torch.device(device)).eval()  # type: ignore[call-arg]
+    model: Any = loaded  # its own annotation of `to` hides the arguments
+    return model.to(torch.device(device)).eval()
 
 
 def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":

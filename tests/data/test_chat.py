@@ -202,7 +202,7 @@ def test_decode_leaves_out_special_tokens_and_keeps_whitespace() -> None:
 def test_decode_never_cleans_up_spaces() -> None:
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.clean_up_tokenization_spaces = True
-    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True  # type: ignore
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     assert tokenizer.decode(tokenizer.encode("a , b .")) == "a, b."
     chat = ChatFormat(tokenizer)
     assert chat.decode(chat.response_ids("a , b .")) == "a , b ."

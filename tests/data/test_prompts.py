@@ -206,7 +206,7 @@ def test_missing_column_and_no_good_row(tmp_path: Path) -> None:
         f"{path}: none of 2 rows fits; the first: line 1: message 1 of the prompt is empty; expected text from the "
         "user; seen: prompt = '' (str)"
     )
-    assert message_of(lambda: load_prompts(path, on_bad_row="ignore")) == (  # type: ignore[arg-type]
+    assert message_of(lambda: load_prompts(path, on_bad_row="ignore")) == (
         "on_bad_row = 'ignore': expected 'error' or 'skip'"
     )
 

@@ -313,7 +313,7 @@ def test_bad_input_is_refused_in_one_line_that_names_it() -> None:
     with pytest.raises(InputError, match="no groups"):
         length_coefficient([])
     with pytest.raises(InputError, match=r"length unit 'char': expected 'chars' or 'tokens'\. Did you mean 'chars'\?"):
-        length_coefficient([group([1.0, 2.0], [3, 4])], unit="char")  # type: ignore[arg-type]
+        length_coefficient([group([1.0, 2.0], [3, 4])], unit="char")
     for alpha in (-0.1, float("nan"), float("inf")):
         with pytest.raises(InputError, match=r"alpha = .*: should be a number of at least 0"):
             fixed_coefficient([group([1.0, 2.0], [3, 4])], alpha)

@@ -279,7 +279,7 @@ def test_scoring_continues_after_a_kill_with_the_same_numbers(
         calls.append(1)
         if len(calls) == 4:
             raise Stop
-        return response_logps(*args, **kwargs)  # type: ignore[arg-type]
+        return response_logps(*args, **kwargs)
 
     response_logps = reference.response_logps
     monkeypatch.setattr(reference, "response_logps", counting)

@@ -97,7 +97,8 @@ def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
 def own_ids(chat: ChatFormat, response: Response) -> Response:
     """The response with ids of this tokenizer: those it has where they say its text, else those of its text."""
     ids = response.token_ids
-    if ids is not None and (max(ids) >= len(chat.tokenizer) or chat.decode(ids).strip() != response.text.strip()):
+    foreign = ids is not None and (not ids or max(ids) >= len(chat.tokenizer))
+    if foreign or (ids and chat.decode(ids).strip() != response.text.strip()):
         response = response.model_copy(update={"token_ids": None})
     return chat.with_token_ids(response)
 

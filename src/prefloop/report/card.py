@@ -29,7 +29,7 @@ def model_card(story: Story) -> str:
 
 # {start or "model"} aligned with {story.recipe}
 
-Trained with [prefloop](https://pypi.org/project/prefloop/) by the recipe `{story.recipe}`, from `{start}`, on the
+Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the
 pairs `{story.config.get("pairs")}`, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
