@@ -40,12 +40,11 @@ def test_a_folder_resolves_to_itself_and_its_fingerprint_follows_its_contents(tm
 def test_writing_and_loading_changes_no_weight(tmp_path: Path) -> None:
     ref = resolve(save_tiny_model(tmp_path / "a", seed=0))
     model = load_model(ref)
-    write_model(tmp_path / "b", model, load_tokenizer(ref), card="# card\n")
+    write_model(tmp_path / "b", model, load_tokenizer(ref))
     again = load_model(resolve(tmp_path / "b"))
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert not again.training and again.dtype == torch.float32
-    assert (tmp_path / "b/README.md").read_text() == "# card\n"
 
 
 def test_a_lora_adapter_folder_is_merged_into_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

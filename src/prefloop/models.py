@@ -221,14 +221,12 @@ def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":
         raise InputError(f"no tokenizer could be loaded from {ref.path}: {_one_line(error)}") from None
 
 
-def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", card: str = "") -> None:
-    """Write an ordinary transformers folder: safetensors, tokenizer, chat template, generation config, model card."""
+def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write an ordinary transformers folder: safetensors, tokenizer, chat template, generation config."""
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def copy_model(ref: ModelRef, folder: Path) -> None:

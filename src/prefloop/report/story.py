@@ -38,10 +38,6 @@ class Story:
     stages: dict[str, dict[str, Any]]
     rounds: list[Round]
 
-    @property
-    def model_path(self) -> Path:
-        return self.path / "model"
-
 
 def read_story(path: Path) -> Story:
     """Read a run folder. Raises InputError when it is not one."""

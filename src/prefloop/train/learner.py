@@ -147,10 +147,10 @@ class Learner:
                 "they would stay as they are: freeze them, or report this model's architecture"
             )
 
-    def write(self, folder: Path, card: str = "") -> None:
+    def write(self, folder: Path) -> None:
         """Save the model as an ordinary transformers folder, adapters merged in float32."""
         model: Any = self.model.merge_and_unload() if self.config.lora.rank else self.model
-        write_model(folder, model, self.tokenizer, card)
+        write_model(folder, model, self.tokenizer)
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
