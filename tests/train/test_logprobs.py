@@ -78,7 +78,7 @@ def test_values_and_every_gradient_equal_the_plain_forward(family: str, path: st
     expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    found = response_logps(model, GROUPS, path=path)
+    found = response_logps(model, GROUPS, path=path).sums
     (found * weights).sum().backward()
 
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
@@ -97,7 +97,7 @@ def test_windowed_families_take_the_padded_path_and_are_right_there(family: str)
     assert path == "padded" and "padded" in why
     with torch.no_grad():
         assert torch.allclose(
-            response_logps(model, GROUPS, path=path), plain_logps(model, GROUPS), rtol=1e-5, atol=1e-4
+            response_logps(model, GROUPS, path=path).sums, plain_logps(model, GROUPS), rtol=1e-5, atol=1e-4
         )
 
 
@@ -121,9 +121,9 @@ def test_a_model_on_which_the_shared_path_is_wrong_is_found_out(monkeypatch: pyt
 def test_responses_do_not_see_each_other_nor_other_groups() -> None:
     model = small_model(SHARED["llama"])
     with torch.no_grad():
-        before = response_logps(model, GROUPS)
+        before = response_logps(model, GROUPS).sums
         other = TokenGroup(GROUPS[0].prompt_ids, (GROUPS[0].responses[0], (90,), (91, 92, 93, 94, 95)))
-        after = response_logps(model, [other, TokenGroup((96, 95), ((94,),)), GROUPS[2]])
+        after = response_logps(model, [other, TokenGroup((96, 95), ((94,),)), GROUPS[2]]).sums
     assert after[0].item() == pytest.approx(before[0].item(), abs=1e-5)
     assert torch.allclose(after[4:], before[5:], atol=1e-5)
 
@@ -131,9 +131,9 @@ def test_responses_do_not_see_each_other_nor_other_groups() -> None:
 def test_d15_batch_composition_does_not_change_a_value() -> None:
     model = small_model(SHARED["llama"])
     with torch.no_grad():
-        together = response_logps(model, GROUPS)
-        apart = torch.cat([response_logps(model, [group]) for group in GROUPS])
-        padded = response_logps(model, GROUPS, path="padded")
+        together = response_logps(model, GROUPS).sums
+        apart = torch.cat([response_logps(model, [group]).sums for group in GROUPS])
+        padded = response_logps(model, GROUPS, path="padded").sums
     assert torch.allclose(together, apart, atol=1e-4)
     assert torch.allclose(together, padded, atol=1e-4)
 
@@ -141,8 +141,8 @@ def test_d15_batch_composition_does_not_change_a_value() -> None:
 def test_bfloat16_products_stay_near_float32() -> None:
     model = small_model(SHARED["llama"])
     with torch.no_grad():
-        exact = response_logps(model, GROUPS)
-        rough = response_logps(model, GROUPS, dtype="bfloat16")
+        exact = response_logps(model, GROUPS).sums
+        rough = response_logps(model, GROUPS, dtype="bfloat16").sums
     assert rough.dtype == torch.float32
     assert 0 < float(((rough - exact) / exact).abs().max()) < 3e-2
 
@@ -153,7 +153,7 @@ def test_long_responses_cross_head_chunks() -> None:
     long = tuple(torch.randint(0, 97, (600,), generator=generator).tolist())
     group = TokenGroup((1, 2), (long, long[:300]))
     with torch.no_grad():
-        assert torch.allclose(response_logps(model, [group]), plain_logps(model, [group]), rtol=1e-5)
+        assert torch.allclose(response_logps(model, [group]).sums, plain_logps(model, [group]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["shared", "padded"])

@@ -27,9 +27,9 @@ def test_every_item_once_and_no_row_over_the_budget(sizes: list[int], budget: in
     assert all(len(row) == 1 or sum(sizes[i] for i in row) <= budget for row in packed)
 
 
-@pytest.mark.parametrize(("prompt", "responses"), [((), ((1,),)), ((1,), ()), ((1,), ((),))])
+@pytest.mark.parametrize(("prompt", "responses"), [((1,), ()), ((1,), ((),))])
 def test_what_has_no_log_probability_is_refused(
     prompt: tuple[int, ...], responses: tuple[tuple[int, ...], ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"at least one|empty prompt"):
+    with pytest.raises(ValueError, match="at least one"):
         TokenGroup(prompt, responses)

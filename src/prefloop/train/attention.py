@@ -32,7 +32,8 @@ class Layout:
 
     input_ids, position_ids: [1, S]. Positions restart after the prompt for every branch.
     predictors, targets: [T]; the hidden state at `predictors[i]` predicts token `targets[i]`; responses lie end to end.
-    counts: [R] response lengths in tokens. segments: per group, prompt and branch lengths (no zeros).
+    counts: [R] predicted tokens of each response. segments: per group, prompt length (0 for an empty prompt) and branch
+    lengths (no zeros).
     """
 
     input_ids: Tensor
@@ -50,17 +51,19 @@ class Layout:
         positions: list[int] = []
         predictors: list[int] = []
         targets: list[int] = []
+        counts: list[int] = []
         segments: list[tuple[int, list[int]]] = []
         for group in groups:
             prompt_length = len(group.prompt_ids)
             ids += group.prompt_ids
             positions += range(prompt_length)
-            last_of_prompt = len(ids) - 1
+            # An empty prompt predicts nothing: its responses count from their second token on.
+            last_of_prompt = [len(ids) - 1] if prompt_length else []
             branches = []
             for response in group.responses:
-                predictors.append(last_of_prompt)
-                predictors += range(len(ids), len(ids) + len(response) - 1)
-                targets += response
+                predictors += [*last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)]
+                targets += response if prompt_length else response[1:]
+                counts.append(len(response) if prompt_length else len(response) - 1)
                 ids += response[:-1]
                 positions += range(prompt_length, prompt_length + len(response) - 1)
                 if len(response) > 1:
@@ -70,7 +73,6 @@ class Layout:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        counts = [len(response) for group in groups for response in group.responses]
         return cls(
             input_ids=tensor(ids)[None],
             position_ids=tensor(positions)[None],
@@ -103,10 +105,7 @@ def shared_prefix_attention(
     """Attention of one layer over one row. query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]."""
     if layout is None:
         raise RuntimeError("this model does not hand extra keyword arguments to its attention")
-    heads_per_key = query.shape[1] // key.shape[1]
-    if heads_per_key > 1:
-        key = key.repeat_interleave(heads_per_key, dim=1)
-        value = value.repeat_interleave(heads_per_key, dim=1)
+    grouped = query.shape[1] != key.shape[1]
     sizes = [size for prompt, branches in layout.segments for size in (prompt, *branches)]
     # One split (not many slices): its backward is one concatenation instead of a row-sized zero tensor for each piece.
     queries, keys, values = (iter(tensor.split(sizes, dim=2)) for tensor in (query, key, value))
@@ -114,7 +113,9 @@ def shared_prefix_attention(
     for prompt, branches in layout.segments:
         prompt_key, prompt_value = next(keys), next(values)
         pieces.append(
-            scaled_dot_product_attention(next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling)
+            scaled_dot_product_attention(
+                next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=grouped
+            )
         )
         for branch in branches:
             pieces.append(
@@ -124,6 +125,7 @@ def shared_prefix_attention(
                     torch.cat([prompt_value, next(values)], dim=2),
                     attn_mask=layout.mask(branch, prompt, query),
                     scale=scaling,
+                    enable_gqa=grouped,
                 )
             )
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None

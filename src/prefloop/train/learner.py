@@ -72,7 +72,7 @@ class Learner:
         return [token_group(self.chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
 
     def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup]) -> PairLogps:
-        policy = response_logps(self.model, groups, path=self.path, dtype=self.dtype)
+        policy = response_logps(self.model, groups, path=self.path, dtype=self.dtype).sums
         known = [pair.reference_logps for pair in pairs]
         reference = torch.tensor(known, dtype=torch.float32, device=policy.device)
         return PairLogps(policy[0::2], policy[1::2], reference[:, 0], reference[:, 1])

@@ -1,24 +1,24 @@
-"""The core: summed log-probabilities of responses that share prompts, for scoring, references and training alike.
+"""The core: log-probabilities of responses that share prompts, for scoring, references and training alike.
 
     log pi(y|x) = sum_i log pi(y_i | x, y_<i)        over all response tokens, the end token included (DICE §2)
 
 Two paths give the same numbers. `shared` computes each prompt once (`prefloop.train.attention`); `padded` is the plain
 forward with one row per response, for models on which the shared path is not proven. Neither keeps vocabulary-sized
-logits: the output head runs on response positions only, in chunks that the backward pass recomputes.
+logits (`prefloop.train.head`).
 
-Legend: B rows, R responses, T response tokens, S tokens of a row, D hidden size, V vocabulary.
+Legend: B rows, R responses, T predicted response tokens, S tokens of a row, D hidden size.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from prefloop.train.attention import Layout, shared_prefix
+from prefloop.train.head import token_logps
 from prefloop.train.packing import TokenGroup, pack
 
 if TYPE_CHECKING:
@@ -26,8 +26,18 @@ if TYPE_CHECKING:
 
 Path = Literal["shared", "padded"]
 
-HEAD_CHUNK = 256
-"""Response positions per call of the output head: with V = 49,152 a chunk's float32 logits take 50 MB."""
+
+class ResponseLogps(NamedTuple):
+    """Log-probabilities of R responses, end to end, in nats and float32.
+
+    sums [R]: per response. counts [R]: predicted tokens of each. tokens [T]: per token. entropy [T]: of the whole
+    next-token distribution at each of them, when asked for; it carries no gradient.
+    """
+
+    sums: Float[Tensor, " R"]
+    counts: Int[Tensor, " R"]
+    tokens: Float[Tensor, " T"]
+    entropy: Float[Tensor, " T"] | None
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -36,17 +46,25 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
 
 
 def response_logps(
-    model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path = "shared", dtype: str = "float32"
-) -> Float[Tensor, " R"]:
-    """Summed log-probability of every response, group by group, in float32; differentiable.
+    model: "PreTrainedModel",
+    groups: Sequence[TokenGroup],
+    *,
+    path: Path = "shared",
+    dtype: str = "float32",
+    entropy: bool = False,
+) -> ResponseLogps:
+    """Log-probabilities of every response, group by group; differentiable.
 
-    All groups go through the model at once: use `rows` to cut a long list under a token budget.
+    All groups go through the model at once: use `rows` to cut a long list under a token budget. A response to an empty
+    prompt counts from its second token on: nothing predicts its first.
     """
-    forward = _shared_token_logps if path == "shared" else _padded_token_logps
+    forward = _shared_hidden if path == "shared" else _padded_hidden
     with autocast(model.device, dtype):
-        token_logps, counts = forward(model, groups)
+        hidden, targets, counts = forward(model, groups)
+        tokens, entropies = token_logps(model, hidden, targets, entropy=entropy)
     owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return torch.zeros(len(counts), device=counts.device).index_add(0, owner, token_logps)
+    sums = torch.zeros(len(counts), device=counts.device).index_add(0, owner, tokens)
+    return ResponseLogps(sums, counts, tokens, entropies)
 
 
 def rows(groups: Sequence[TokenGroup], token_budget: int, *, path: Path = "shared") -> list[list[int]]:
@@ -68,41 +86,41 @@ def _width(groups: Sequence[TokenGroup]) -> int:
     return max(len(group.prompt_ids) + len(response) for group in groups for response in group.responses)
 
 
-def _shared_token_logps(
+def _shared_hidden(
     model: "PreTrainedModel", groups: Sequence[TokenGroup]
-) -> tuple[Float[Tensor, " T"], Int[Tensor, " R"]]:
+) -> tuple[Float[Tensor, "T D"], Int[Tensor, " T"], Int[Tensor, " R"]]:
     layout = Layout.of(groups, model.device)
     with shared_prefix(model):
         hidden = _decoder(model)(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, layout=layout
         ).last_hidden_state
-    return _head_logps(model, hidden[0].index_select(0, layout.predictors), layout.targets), layout.counts
+    return hidden[0].index_select(0, layout.predictors), layout.targets, layout.counts
 
 
-def _padded_token_logps(
+def _padded_hidden(
     model: "PreTrainedModel", groups: Sequence[TokenGroup]
-) -> tuple[Float[Tensor, " T"], Int[Tensor, " R"]]:
+) -> tuple[Float[Tensor, "T D"], Int[Tensor, " T"], Int[Tensor, " R"]]:
     pairs = [(group.prompt_ids, response) for group in groups for response in group.responses]
     width = _width(groups)
     input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
     attention_mask = torch.zeros(len(pairs), width, dtype=torch.long)
+    predictors: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
     for row, (prompt, response) in enumerate(pairs):
         length = len(prompt) + len(response)
         input_ids[row, :length] = torch.tensor([*prompt, *response])
         attention_mask[row, :length] = 1
-    predictors = [
-        row * width + position
-        for row, (prompt, response) in enumerate(pairs)
-        for position in range(len(prompt) - 1, len(prompt) + len(response) - 1)
-    ]
+        first = max(1, len(prompt))
+        predictors += range(row * width + first - 1, row * width + length - 1)
+        targets += response[first - len(prompt) :]
+        counts.append(length - first)
     device = model.device
     hidden = _decoder(model)(
         input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
     ).last_hidden_state
-    targets = torch.tensor([token for _, response in pairs for token in response], device=device)
-    counts = torch.tensor([len(response) for _, response in pairs], device=device)
-    flat = hidden.flatten(0, 1).index_select(0, torch.tensor(predictors, device=device))
-    return _head_logps(model, flat, targets), counts
+    selected = hidden.flatten(0, 1).index_select(0, torch.tensor(predictors, dtype=torch.long, device=device))
+    return selected, torch.tensor(targets, dtype=torch.long, device=device), torch.tensor(counts, device=device)
 
 
 def _decoder(model: "PreTrainedModel") -> Any:
@@ -112,51 +130,31 @@ def _decoder(model: "PreTrainedModel") -> Any:
     return inner.base_model
 
 
-def _head_logps(
-    model: "PreTrainedModel", hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]
-) -> Float[Tensor, " T"]:
-    """log softmax(head(hidden))[target] in float32, chunk by chunk; a chunk's logits live only inside its call."""
-    head = model.get_output_embeddings()
-    assert head is not None, "a causal language model has an output head"
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    # Cohere multiplies the logits, Granite divides them; the start-up parity check covers what is not named here.
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden).float() * scale if scale != 1.0 else head(hidden).float()
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-    pieces = []
-    for part, part_targets in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-        if torch.is_grad_enabled() and part.requires_grad:
-            pieces.append(checkpoint(chunk_logps, part, part_targets, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(chunk_logps(part, part_targets))
-    return torch.cat(pieces)
-
-
 def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], *, dtype: str = "float32") -> tuple[Path, str]:
-    """The path for this model, proven on a few of its own rows, and one line that says why.
+    """The path for this model on these groups, proven on the shortest of them, and one line that says why.
 
-    The shared path is taken when the plain forward, one response at a time, agrees with it; models whose layers look
-    at a window of positions or carry a state take the padded path without trial, because short rows cannot show it.
+    The shared path is taken when the plain forward, one response at a time, agrees with it. What short rows cannot
+    show is read from the configuration: a window of positions that is shorter than the longest of `groups`, and layers
+    that carry a state, take the padded path without trial.
     """
     config = model.config.get_text_config()
+    longest = _width(groups)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return "padded", f"padded: this model has layers of the kinds {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "padded", f"padded: this model attends to a sliding window of {config.sliding_window} tokens"
+    stateful = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if stateful:
+        return "padded", f"padded: this model has layers of the kinds {', '.join(sorted(stateful))}"
+    used = kinds & {"sliding_attention", "chunked_attention"} or not getattr(config, "layer_types", None)
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if used and window and window < longest and getattr(config, "use_sliding_window", True):
+            return "padded", f"padded: this model looks at windows of {window} tokens and the longest row has {longest}"
     probe = sorted(groups, key=lambda group: group.tokens)[:2]
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     with torch.no_grad():
         alone = [TokenGroup(group.prompt_ids, (response,)) for group in probe for response in group.responses]
-        plain = torch.cat([response_logps(model, [one], path="padded", dtype=dtype) for one in alone])
+        plain = torch.cat([response_logps(model, [one], path="padded", dtype=dtype).sums for one in alone])
         try:
-            shared = response_logps(model, probe, path="shared", dtype=dtype)
+            shared = response_logps(model, probe, path="shared", dtype=dtype).sums
         except (RuntimeError, TypeError, ValueError) as error:
             return "padded", f"padded: the shared path does not run on this model ({type(error).__name__})"
     difference = float(((shared - plain).abs() / plain.abs().clamp(min=1.0)).max())

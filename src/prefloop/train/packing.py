@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """One prompt's ids and the ids of the responses that branch from it."""
+    """One prompt's ids (possibly none) and the ids of the responses that branch from it."""
 
     prompt_ids: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise ValueError("an empty prompt has no token from which the first response token can be predicted")
         if not self.responses or not all(self.responses):
             raise ValueError("every group needs at least one response, and every response at least one token")
 

@@ -65,7 +65,7 @@ def logps_under(
             if all(index in result for index in row):
                 continue
             with torch.inference_mode():
-                flat = response_logps(model, [groups[i] for i in row], path=path, dtype=dtype).tolist()
+                flat = response_logps(model, [groups[i] for i in row], path=path, dtype=dtype).sums.tolist()
             values = iter(flat)
             computed = {index: [next(values) for _ in groups[index].responses] for index in row}
             _append(finished, computed)
