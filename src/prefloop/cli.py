@@ -53,6 +53,8 @@ COMMANDS = {
                      "prefloop.commands:PairsOptions", "prefloop.commands:pairs"),
     "inspect": Command("steps", "rows of a file as a model will see them, token by token",
                        "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
+    "doctor": Command("steps", "what this machine makes of a model: path, parity, memory and time a step",
+                      "prefloop.commands:DoctorOptions", "prefloop.commands:doctor"),
 }  # fmt: skip
 
 
@@ -223,7 +225,9 @@ def dispatch(argv: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input or a failed check (one line on stderr), 130 interrupted."""
+    """Exit status: 0 done, 1 `doctor` found a problem, 2 bad input or a failed check (one line on stderr), 130
+    interrupted.
+    """
     try:
         dispatch(list(sys.argv[1:] if argv is None else argv))
     except PrefloopError as error:

@@ -1,16 +1,18 @@
-"""The single steps as commands: `prefloop sample | score | pairs | inspect`, file in, file out.
+"""The single steps as commands: `prefloop sample | score | pairs | inspect | doctor`, file in, file out.
 
 A step works in a folder OUT.work beside its output, which keeps finished parts when it is interrupted and is removed
 when the output is complete. An output that exists already is never overwritten.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from rich.console import Console
+from rich.markup import escape
 
 from prefloop.atomic import write_atomically
 from prefloop.config import Config
@@ -28,7 +30,7 @@ from prefloop.records import Record
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample as sample_stage
-from prefloop.train.config import Compute
+from prefloop.train.config import Compute, Lora
 
 
 class SampleOptions(Config):
@@ -74,6 +76,22 @@ class InspectOptions(Config):
     model: str = Field(default="smollm2-135m", description="whose tokenizer and chat template to use")
     rows: int = Field(default=3, ge=1, description="how many rows to show")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+
+
+class DoctorOptions(Config):
+    """What this machine makes of a model: hardware, path, parity on a few rows, memory and time a step.
+
+    Nothing is trained. Exit status 0 when all is ready, 1 when there is a problem.
+    """
+
+    model: str = Field(default="", description="hub id, folder, .gguf file or smollm2-135m")
+    data: str = Field(default="seed", description="pairs or prompts: a file, a data set folder or hub name, seed:train")
+    split: str = Field(default="", description="of the data; all of it when empty")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    batch_size: int = Field(default=32, ge=1, description="pairs a training step")
+    lora: Lora = Field(default_factory=Lora)
+    compute: Compute = Field(default_factory=Compute)
+    out: str = Field(default="", description="a JSON file to write all figures to")
 
 
 def sample(options: SampleOptions) -> None:
@@ -137,6 +155,31 @@ def inspect(options: InspectOptions) -> None:
     inspect_rows(options.file, chat, Console(), n=options.rows, on_bad_row=options.on_bad_row)
 
 
+def doctor(options: DoctorOptions) -> None:
+    """`prefloop doctor`. Raises SystemExit with status 1 when there is a problem."""
+    from prefloop.doctor.examine import examine
+    from prefloop.doctor.render import render
+
+    needed(options, "model")
+    out = new_file(options.out) if options.out else None
+    with Console(stderr=True).status("") as status:
+        report = examine(
+            options.model,
+            options.data,
+            split=options.split or None,
+            on_bad_row=options.on_bad_row,
+            compute=options.compute,
+            batch_size=options.batch_size,
+            lora=options.lora,
+            say=lambda text: status.update(escape(text)),
+        )
+    render(report, Console())
+    if out:
+        write_atomically(out, report.to_json() + "\n")
+    if report.problems:
+        sys.exit(1)
+
+
 def needed(options: Config, *names: str) -> None:
     """Raises InputError for the first of these options that was not given."""
     for name in names:
@@ -145,13 +188,19 @@ def needed(options: Config, *names: str) -> None:
             raise InputError(f"--{name} is missing: {description}")
 
 
+def new_file(out: str) -> Path:
+    """The path of an output. Raises InputError when there is something at it."""
+    path = Path(out)
+    if path.exists():
+        raise InputError(f"{path} exists already; give another --out, or delete it")
+    return path
+
+
 def to_file(
     name: str, options: SampleOptions | ScoreOptions | PairsOptions, work: Callable[[Run], Sequence[Record]]
 ) -> None:
     """Run `work` in OUT.work and write its records to OUT, whole or not at all."""
-    out = Path(options.out)
-    if out.exists():
-        raise InputError(f"{out} exists already; give another --out, or delete it")
+    out = new_file(options.out)
     folder = out.with_name(out.name + ".work")
     with Run.open(folder, recipe=name, config=options, console=Console(stderr=True)) as run:
         records = work(run)

@@ -2,29 +2,52 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef, load_tokenizer
 from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Run
+from prefloop.train.attention import NAME, shared_prefix
 from prefloop.train.config import Compute, Lora, Train
-from prefloop.train.learner import Learner, batch_of_step, fit
+from prefloop.train.learner import Learner, batch_of_step, fit, recompute_activations
+from prefloop.train.logprobs import Path as LogpsPath
+from prefloop.train.logprobs import response_logps, rows
 from prefloop.train.losses import dpo
+from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import logps_under, with_reference_logps
 
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=2, validation_pairs=0, checkpoint_every=2,
               validate_every=2)  # fmt: skip
 WORDS = ["red", "green tea", "a long walk home", "no", "yes, but later", "seven", "ask again"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Log-probabilities that earlier runs of the tests have cached are not seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFLOOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +87,36 @@ def test_d1_first_step_reports_ln_2_and_no_margin(policy: ModelRef, pairs: list[
     assert row["learning_rate"] == pytest.approx(5e-4)
 
 
-def test_a_step_does_not_depend_on_how_memory_cuts_the_batch(policy: ModelRef, pairs: list[Pair]) -> None:
-    whole = new_learner(policy, pairs)
-    cut = new_learner(policy, pairs, compute=Compute(device="cpu", tokens_per_forward=1))
-    rows = [whole.step(pairs, 0), cut.step(pairs, 0)]
-    assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-6)
-    for (name, a), (_, b) in zip(whole.trained, cut.trained, strict=True):
-        assert a.grad is not None and b.grad is not None
-        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), name
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: weight.grad.clone() for name, weight in learner.trained if weight.grad is not None}
+
+
+@pytest.mark.parametrize("path", ["shared", "padded"])
+@pytest.mark.parametrize("budget", [1, 150, 400])
+def test_a_step_does_not_depend_on_how_memory_cuts_the_batch(
+    policy: ModelRef, pairs: list[Pair], budget: int, path: LogpsPath
+) -> None:
+    whole = new_learner(policy, pairs, compute=COMPUTE.replace(tokens_per_forward=10_000))
+    cut = new_learner(policy, pairs, compute=COMPUTE.replace(tokens_per_forward=budget))
+    whole.path = cut.path = path
+    assert len(rows(whole.tokenise(pairs), 10_000, path=path)) == 1 < len(rows(cut.tokenise(pairs), budget, path=path))
+    logged = [whole.step(pairs, 0), cut.step(pairs, 0)]
+    # h is 0 to rounding, so the margin and what is counted from its sign are no more than that.
+    for name in ("loss", "grad_norm"):
+        assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-6)
+    expected, found = gradients(whole), gradients(cut)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-6, name
 
 
 def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) -> None:
     # At h = 0 the gradient of a pair's loss is -beta/2 times that of its h (D2); before clipping, averaged over pairs.
     learner = new_learner(policy, pairs, TRAIN.replace(max_grad_norm=1e9))
     learner.step(pairs[:3], 0)
-    found = {name: weight.grad.clone() for name, weight in learner.trained if weight.grad is not None}
+    found = gradients(learner)
     fresh = new_learner(policy, pairs)
-    h = fresh._logps(pairs[:3], fresh._groups(pairs[:3])).h
+    h = fresh._logps(pairs[:3], fresh.tokenise(pairs[:3])).h
     (-0.05 * h.mean()).backward()
     for name, weight in fresh.trained:
         assert weight.grad is not None
@@ -129,12 +165,23 @@ class Stop(Exception):
     pass
 
 
+RESUMED = {
+    "adamw": TRAIN,
+    "lora": TRAIN.replace(lora=Lora(rank=2).model_dump()),
+    "adafactor": TRAIN.replace(optimizer="adafactor", schedule="cosine"),
+    "adamw-8bit": TRAIN.replace(optimizer="adamw-8bit", schedule="linear"),
+    "checkpointed": TRAIN.replace(gradient_checkpointing=True),
+}
+
+
 @pytest.mark.parametrize("stop_at", [1, 3])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind", RESUMED)
 def test_a_round_that_stops_ends_in_the_same_bytes(
-    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, rank: int
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, kind: str
 ) -> None:
-    config = TRAIN.replace(lora=Lora(rank=rank).model_dump())
+    config = RESUMED[kind]
+    if config.optimizer == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
     whole = train(tmp_path / "whole", policy, pairs, config)
     step = Learner.step
 
@@ -206,25 +253,113 @@ def test_lora_trains_adapters_only_and_saves_a_merged_model(
     assert not list(folder.glob("adapter*"))
 
 
-def test_another_models_reference_is_found_out_at_step_0(policy: ModelRef, pairs: list[Pair]) -> None:
-    wrong = [p.model_copy(update={"reference_logps": (p.reference_logps[0] + 3, p.reference_logps[1])}) for p in pairs
-             if p.reference_logps]  # fmt: skip
-    with pytest.raises(CheckFailed, match=r"prompt 'p\d' has h = -3\.0\d* nats"):
-        new_learner(policy, pairs).step(wrong[:3], 0)
+def test_a_pair_is_tokenised_once_and_not_once_a_step(
+    policy: ModelRef, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    prompt_ids = ChatFormat.prompt_ids
+
+    def counting(self: ChatFormat, prompt: Prompt) -> list[int]:
+        seen.append(prompt.id)
+        return prompt_ids(self, prompt)
+
+    monkeypatch.setattr(ChatFormat, "prompt_ids", counting)
+    train(tmp_path / "run", policy, pairs)
+    assert sorted(id for id in seen if id.startswith("p") and len(id) == 2) == sorted(
+        [*(pair.prompt.id for pair in pairs), "p0", "p1"]  # two of them are watched as well
+    )
 
 
-def test_a_weight_without_gradient_stops_the_run(policy: ModelRef, pairs: list[Pair]) -> None:
-    learner = new_learner(policy, pairs)
-    learner.trained.append(("forgotten.weight", torch.nn.Parameter(torch.zeros(2))))
-    with pytest.raises(CheckFailed, match=r"1 trainable weights got no gradient .*forgotten\.weight"):
-        learner.step(pairs[:3], 0)
+def test_the_longest_row_of_all_data_decides_on_the_path(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    windowed = MistralForCausalLM(
+        MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                      num_attention_heads=4, num_key_value_heads=2, sliding_window=90)
+    )  # fmt: skip
+    windowed.save_pretrained(tmp_path / "windowed")
+    tokenizer.save_pretrained(tmp_path / "windowed")
+    model = ModelRef.of(tmp_path / "windowed")
+    short = [Pair(prompt=Prompt.of(text), chosen=Response(text="b"), rejected=Response(text="c")) for text in "xyz"]
+    long = Pair(prompt=Prompt.of("a"), chosen=Response(text="b" * 100), rejected=Response(text="c"))
+    assert new_learner(model, short).path == "shared"
+    learner = new_learner(model, [*short, long])
+    assert learner.path == "padded" and "windows of 90 tokens" in learner.why
 
 
-def test_a_nan_names_its_prompts(policy: ModelRef, pairs: list[Pair]) -> None:
-    learner = new_learner(policy, pairs)
-    broken = [pairs[0].model_copy(update={"weight": float("nan")}), pairs[1]]
-    with pytest.raises(CheckFailed, match="gradient of step 1 is not finite; its pairs are those of prompts p0, p1"):
-        learner.step(broken, 0)
+def saved_bytes(learner: Learner, pairs: list[Pair]) -> int:
+    """Bytes of activations (not of weights) that the loss of `pairs` keeps for its backward pass."""
+    weights = {weight.data_ptr() for weight in learner.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    alive = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        shared_prefix(learner.model) if learner.path == "shared" else nullcontext(),
+    ):
+        alive.append(learner._losses(learner._logps(pairs, learner.tokenise(pairs)), pairs))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("path", ["shared", "padded"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_gives_the_same_bits_from_less_memory(
+    policy: ModelRef, pairs: list[Pair], path: LogpsPath, rank: int
+) -> None:
+    config = TRAIN.replace(lora=Lora(rank=rank).model_dump())
+    plain = new_learner(policy, pairs, config)
+    frugal = new_learner(policy, pairs, config.replace(gradient_checkpointing=True))
+    plain.path = frugal.path = path
+    assert saved_bytes(frugal, pairs) < 0.4 * saved_bytes(plain, pairs)
+    assert plain.step(pairs, 0) == frugal.step(pairs, 0)
+    expected, found = gradients(plain), gradients(frugal)
+    assert expected.keys() == found.keys() and expected
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert not any(module.training for module in frugal.model.modules())
+    assert frugal.model.config._attn_implementation == plain.model.config._attn_implementation != NAME
+
+
+def test_gradient_checkpointing_switches_no_dropout_on() -> None:
+    # OPT's layers apply dropout where they are in training mode, which transformers' own switch asks for.
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2,
+                                     num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5)).eval()  # fmt: skip
+    groups = [TokenGroup((5, 6, 7), ((8, 9), (10,)))]
+    plain = response_logps(model, groups, path="padded").sums
+    recompute_activations(model)
+    assert torch.equal(response_logps(model, groups, path="padded").sums, plain)
+
+
+def test_a_model_whose_layers_cannot_be_computed_again_is_refused() -> None:
+    class Own(LlamaForCausalLM):
+        supports_gradient_checkpointing = False
+
+    model = Own(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                            num_attention_heads=1))  # fmt: skip
+    with pytest.raises(InputError, match="gradient_checkpointing = True: Own has no layers that transformers can"):
+        recompute_activations(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_bfloat16_is_of_the_products_alone(policy: ModelRef, pairs: list[Pair], optimizer: str) -> None:
+    compute = COMPUTE.replace(dtype="bfloat16")
+    bare = [pair.model_copy(update={"reference_logps": None, "reference": None}) for pair in pairs]
+    known = with_reference_logps(bare, policy, compute=compute)
+    learner = new_learner(policy, known, TRAIN.replace(optimizer=optimizer), compute)
+    seen = set()
+    learner.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    learner.step(known[:3], 0)
+    assert seen == {torch.bfloat16}
+    for name, weight in learner.trained:
+        assert weight.grad is not None
+        states = [value for value in learner.optimizer.state[weight].values() if torch.is_tensor(value)]
+        assert {tensor.dtype for tensor in (weight, weight.grad, *states)} == {torch.float32}, name
 
 
 def test_no_pairs_is_an_error(policy: ModelRef, tmp_path: Path) -> None:
@@ -240,12 +375,6 @@ def test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_step() -> 
     assert batch_of_step(9, 3, 4, seed=2) != order[12:15]
     # A batch may run across the end of an epoch.
     assert len(batch_of_step(2, 5, 0, seed=1)) == 5
-
-
-def test_warm_up_is_linear_then_constant(policy: ModelRef, pairs: list[Pair]) -> None:
-    learner = new_learner(policy, pairs, TRAIN.replace(warmup_steps=4))
-    assert [learner.learning_rate(step) for step in range(6)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
-    assert new_learner(policy, pairs, TRAIN.replace(warmup_steps=0)).learning_rate(0) == 1e-3
 
 
 def test_known_references_are_kept_and_missing_ones_computed(
@@ -269,6 +398,7 @@ def test_scoring_continues_after_a_kill_with_the_same_numbers(
     bare = [pair.model_copy(update={"reference_logps": None, "reference": None}) for pair in pairs]
 
     def scored(folder: Path) -> bytes:
+        monkeypatch.setenv("PREFLOOP_CACHE", f"{folder}-cache")
         with Run.open(folder, recipe="test", config=TRAIN) as run:
             return run.stage("pairs", with_reference_logps, bare, policy, compute=compute).path.read_bytes()
 

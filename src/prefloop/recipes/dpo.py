@@ -90,14 +90,17 @@ def dpo_round(
 ) -> ModelRef:
     """One DPO training of `policy` against a frozen `reference`; the trained model is ROUND/model.
 
-    Reference log-probabilities that the pairs already carry for this reference are used as they are. At most a quarter
-    of the pairs is held out to watch.
+    Reference log-probabilities that the pairs already carry for this reference are used as they are. The others are
+    computed first, or, where the reference is the base of the adapter in training, while that is in memory. At most a
+    quarter of the pairs is held out to watch.
     """
     from prefloop.train.learner import fit
     from prefloop.train.losses import dpo as dpo_loss
     from prefloop.train.reference import with_reference_logps
 
-    pairs = round.stage("training_pairs", with_reference_logps, pairs, reference, compute=compute)
+    adapter_off = train.lora.rank > 0 and reference.fingerprint == policy.fingerprint
+    if not adapter_off:
+        pairs = round.stage("training_pairs", with_reference_logps, pairs, reference, compute=compute)
     watched = min(train.validation_pairs, len(pairs) // 4)
     if watched < train.validation_pairs:
         round.run.note(f"{round.label}: {watched} validation pairs, a quarter of {len(pairs)}, not the "
@@ -114,5 +117,6 @@ def dpo_round(
         config=train,
         compute=compute,
         seed=seed,
+        adapter_off=adapter_off,
     )
     return ModelRef.of(folder.path, name=f"{round.label}")

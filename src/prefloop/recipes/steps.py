@@ -60,12 +60,17 @@ def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = No
     """The pairs with the model's token ids: prompt and response tokenised apart, one end token.
 
     A pair that does not fit the model's context is dropped and counted; a prompt that leaves no room is an InputError.
+    Raises CheckFailed where special tokens are not where they belong (`check_pairs`).
     """
+    from prefloop.train.checks import check_pairs
+    from prefloop.train.packing import TokenGroup
+
     stage = stage or Stage.detached()
     chat = ChatFormat(load_tokenizer(model))
     stage.note(f"tokens: {chat.description}")
     context = context_of(model)
-    kept = []
+    kept: list[Pair] = []
+    groups: list[TokenGroup] = []
     for pair in pairs:
         prompt_ids = chat.prompt_ids(pair.prompt)
         check_prompt_length(prompt_ids, 1, context, pair.prompt)
@@ -74,6 +79,9 @@ def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = No
             stage.count(f"pairs dropped: longer than the context of {context} tokens")
             continue
         kept.append(pair.model_copy(update={"chosen": chosen, "rejected": rejected}))
+        groups.append(TokenGroup(tuple(prompt_ids), (chosen.token_ids or (), rejected.token_ids or ())))
+    # Training checks its pairs too, but in DICE that is hours later.
+    check_pairs(kept, groups, chat)
     stage.count("pairs kept", len(kept))
     return kept
 

@@ -35,10 +35,22 @@ class Train(Config):
 
     steps: int = Field(default=300, ge=1, description="optimiser steps a round (DICE: 300)")
     batch_size: int = Field(default=32, ge=1, description="pairs a step, whatever the memory (DICE: 32)")
+    optimizer: Literal["adamw", "adafactor", "adamw-8bit"] = Field(
+        default="adamw",
+        description="bytes of state a weight: adamw 8, adamw-8bit 2 (bitsandbytes), adafactor next to none; the "
+        "learning rate of adafactor is relative to the RMS of each weight tensor, so give it one some 50 times larger",
+    )
     learning_rate: float = Field(default=5e-7, gt=0, description="peak learning rate (DICE: 5e-7)")
-    warmup_steps: int = Field(default=50, ge=0, description="linear warm-up, then constant (DICE: 50)")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    warmup_steps: int = Field(default=50, ge=0, description="linear warm-up to the peak (DICE: 50)")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="after the warm-up: the peak (DICE), or a fall that ends at 0 after the last step",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep each layer's input only and compute the layer again in the backward pass"
+    )
     validation_pairs: int = Field(default=576, ge=0, description="pairs of a round held out to watch (DICE: 576)")
     validate_every: int = Field(default=50, ge=1, description="steps between looks at the validation pairs")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")

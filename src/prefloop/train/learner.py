@@ -1,31 +1,39 @@
 """The training round: a model folder and pairs with reference log-probabilities in, a trained model folder out.
 
-No reference model is in memory: its log-probabilities come with the pairs. Data order is a pure function of
+No reference model is in memory: its log-probabilities come with the pairs, or from the model itself with its adapter
+switched off. Data order is a pure function of
 (seed, step), and a checkpoint holds weights, optimiser and log, so a round that is killed ends in the same bytes.
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
-from prefloop.errors import CheckFailed
+from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer, require_peft, write_model
-from prefloop.records import Pair
+from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Stage
 from prefloop.seeds import derive_seed, generator
+from prefloop.train.attention import shared_prefix
 from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
+from prefloop.train.checks import check_finite, check_gradients, check_movement, check_pairs, check_zero_margin
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.logprobs import Path as LogpsPath
 from prefloop.train.logprobs import choose_path, response_logps, rows
 from prefloop.train.losses import PairLogps, pair_metrics
+from prefloop.train.optim import learning_rate, make_optimizer, unit_step
 from prefloop.train.packing import TokenGroup
-from prefloop.train.reference import choose_dtype, token_group
+from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass, token_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,77 +43,121 @@ TRAINING_LOG = "training_log.jsonl"
 
 
 class Learner:
-    """One model in training. `step(pairs)` is one optimiser step; `evaluate(pairs)` changes nothing."""
+    """One model in training. `step(pairs, step)` is one optimiser step; `evaluate(pairs)` changes nothing.
+
+    `data`: all pairs that are known beforehand, trained on or watched. They are tokenised once, here, and the longest
+    of them counts in the choice of the path.
+    """
 
     def __init__(
         self,
         policy: ModelRef,
-        sample_of_data: Sequence[Pair],
+        data: Sequence[Pair],
         *,
         loss: Loss,
         beta: float,
         config: Train,
         compute: Compute,
         seed: int,
+        stage: Stage | None = None,
     ) -> None:
-        self.policy, self.loss, self.beta, self.config = policy, loss, beta, config
+        self.policy, self.loss, self.beta, self.config, self.compute = policy, loss, beta, config, compute
+        self.stage = stage or Stage.detached()
         self.tokenizer = load_tokenizer(policy)
         self.chat = ChatFormat(self.tokenizer)
+        self.known = dict(zip(map(_content, data), self.tokenise(data), strict=True))
         device = choose_device(compute.device)
         self.dtype = choose_dtype(compute, device)
-        self.tokens_per_forward = compute.tokens_per_forward
         model: Any = load_model(policy, device=device)
+        if config.gradient_checkpointing:
+            recompute_activations(model)
         # The model stays in evaluation mode: dropout would make the policy differ from its own reference at step 0.
         self.model = add_lora(model, config.lora, seed) if config.lora.rank else model
         self.trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [weight for _, weight in self.trained],
-            lr=config.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=config.weight_decay,
-            fused=device != "mps",
-        )
+        self.optimizer = make_optimizer(config, [weight for _, weight in self.trained])
+        self.unmoved = dict(self.trained)
         self.path: LogpsPath
-        self.path, self.why = choose_path(self.model, self._groups(sample_of_data[:2]), dtype=self.dtype)
+        self.path, self.why = choose_path(self.model, list(self.known.values()), dtype=self.dtype)
+
+    def tokenise(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
+        """The token ids of pairs, checked (`check_pairs`)."""
+        groups = [token_group(self.chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+        check_pairs(pairs, groups, self.chat)
+        return groups
 
     def _groups(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
-        return [token_group(self.chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
+        new = [pair for pair in pairs if _content(pair) not in self.known]
+        known = ChainMap(dict(zip(map(_content, new), self.tokenise(new), strict=True)) if new else {}, self.known)
+        return [known[_content(pair)] for pair in pairs]
 
-    def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup]) -> PairLogps:
-        policy = response_logps(self.model, groups, path=self.path, dtype=self.dtype).sums
-        known = [pair.reference_logps for pair in pairs]
-        reference = torch.tensor(known, dtype=torch.float32, device=policy.device)
-        return PairLogps(policy[0::2], policy[1::2], reference[:, 0], reference[:, 1])
+    def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Pairs with the log-probabilities of `policy`, which is this model with its adapter switched off."""
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak, then constant; `step` counts from 0."""
-        return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        def adapter_off(groups: Sequence[TokenGroup]) -> Pass:
+            with self.model.disable_adapter():
+                return model_pass(
+                    groups, self.model, self.policy.name, compute=self.compute, part="reference", stage=self.stage
+                )
+
+        return fill_in(
+            pairs,
+            self.policy,
+            adapter_off,
+            source="computed with the adapter off",
+            why="the reference is the model that the adapter is trained on, and it is in memory",
+            compute=self.compute,
+            stage=self.stage,
+        )
 
     def step(self, pairs: Sequence[Pair], step: int) -> dict[str, float]:
-        """One optimiser step on the mean loss of `pairs`, in as many passes as the token budget asks for."""
+        """One optimiser step on the mean loss of `pairs`, in as many passes as the token budget asks for.
+
+        `step` counts from 0. Pairs that are not of `data` are tokenised and checked here.
+        """
+        rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         groups = self._groups(pairs)
         sums: dict[str, float] = {}
-        for row in rows(groups, self.tokens_per_forward, path=self.path):
-            chunk = [pairs[i] for i in row]
-            logps = self._logps(chunk, [groups[i] for i in row])
-            losses = self._losses(logps, chunk)
-            if step == 0:
-                self._check_zero_margin(logps, chunk)
-            # Divided by the whole batch, not by the chunk: the gradient does not depend on how memory cut it.
-            (losses.sum() / len(pairs)).backward()
-            _add(sums, losses, logps, self.beta)
+        # Around the backward pass too: layers that are computed again there must attend as they did before.
+        with self._attention():
+            for row in rows(groups, self.compute.tokens_per_forward, path=self.path):
+                chunk = [pairs[i] for i in row]
+                logps = self._logps(chunk, [groups[i] for i in row])
+                losses = self._losses(logps, chunk)
+                if step == 0:
+                    check_zero_margin(logps, chunk, policy=self.policy.fingerprint, dtype=self.dtype)
+                # Divided by the whole batch, not by the chunk: the gradient does not depend on how memory cut it.
+                (losses.sum() / len(pairs)).backward()
+                _add(sums, losses, logps, self.beta)
         norm = float(torch.nn.utils.clip_grad_norm_([w for _, w in self.trained], self.config.max_grad_norm))
         if step == 0:
-            self._check_gradients()
+            check_gradients(self.trained)
         if not math.isfinite(norm):
             ids = ", ".join(pair.prompt.id for pair in pairs)
             raise CheckFailed(f"the gradient of step {step + 1} is not finite; its pairs are those of prompts {ids}")
-        self.optimizer.step()
+        with self._movement(step, rate):
+            self.optimizer.step()
         means = {name: total / len(pairs) for name, total in sums.items()}
-        return {**means, "grad_norm": norm, "learning_rate": self.learning_rate(step)}
+        return {**means, "grad_norm": norm, "learning_rate": rate}
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return shared_prefix(self.model) if self.path == "shared" else nullcontext()
+
+    def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
+        """The check of the first two steps that every weight moves."""
+        if step > 1:
+            return nullcontext()
+        moved = partial(unit_step, self.config)
+        return check_movement(self.unmoved, moved, rate=rate, peak=self.config.learning_rate)
+
+    def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup]) -> PairLogps:
+        policy = response_logps(self.model, groups, path=self.path, dtype=self.dtype).sums
+        check_finite(policy.reshape(-1, 2).tolist(), [pair.prompt.id for pair in pairs], "the model in training")
+        known = [pair.reference_logps for pair in pairs]
+        reference = torch.tensor(known, dtype=torch.float32, device=policy.device)
+        return PairLogps(policy[0::2], policy[1::2], reference[:, 0], reference[:, 1])
 
     def _losses(self, logps: PairLogps, pairs: Sequence[Pair]) -> Tensor:
         device = logps.policy_chosen.device
@@ -118,34 +170,11 @@ class Learner:
         """Mean loss, accuracy, margin and log-probability changes over `pairs`."""
         groups = self._groups(pairs)
         sums: dict[str, float] = {}
-        for row in rows(groups, self.tokens_per_forward, path=self.path):
+        for row in rows(groups, self.compute.tokens_per_forward, path=self.path):
             chunk = [pairs[i] for i in row]
             logps = self._logps(chunk, [groups[i] for i in row])
             _add(sums, self._losses(logps, chunk), logps, self.beta)
         return {name: total / len(pairs) for name, total in sums.items()}
-
-    def _check_zero_margin(self, logps: PairLogps, pairs: Sequence[Pair]) -> None:
-        """Before the first update the policy is its reference (D1), if that is the one the pairs were given."""
-        if any(pair.reference != self.policy.fingerprint for pair in pairs):
-            return
-        scale = torch.stack(list(logps[:2])).detach().abs().amax(0)
-        allowed = 1e-3 + 1e-5 * scale if self.dtype == "float32" else 0.5 + 2e-2 * scale
-        h = logps.h.detach()
-        worst = int((h.abs() - allowed).argmax())
-        if float(h[worst].abs()) > float(allowed[worst]):
-            raise CheckFailed(
-                f"before the first update the policy should equal its reference, but the pair of prompt "
-                f"{pairs[worst].prompt.id!r} has h = {float(h[worst]):.4f} nats (at most {float(allowed[worst]):.4f} "
-                "expected); the reference log-probabilities belong to another model, tokenizer or precision"
-            )
-
-    def _check_gradients(self) -> None:
-        without = [name for name, weight in self.trained if weight.grad is None]
-        if without:
-            raise CheckFailed(
-                f"{len(without)} trainable weights got no gradient in the first step (such as {without[0]}); "
-                "they would stay as they are: freeze them, or report this model's architecture"
-            )
 
     def write(self, folder: Path) -> None:
         """Save the model as an ordinary transformers folder, adapters merged in float32."""
@@ -163,6 +192,31 @@ def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     ).eval()
+
+
+def _content(pair: Pair) -> tuple[Prompt, Response, Response]:
+    """What a pair's token ids are made of: a pair that gains reference log-probabilities keeps them."""
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+def recompute_activations(model: "PreTrainedModel") -> None:
+    """Gradient checkpointing: every layer keeps its input alone, and the backward pass computes the layer again.
+
+    transformers' own switch works on layers in training mode only, in which some families (OPT, Falcon) apply dropout.
+    So the layers that transformers marks for it are wrapped here, and stay in evaluation mode.
+    Raises InputError for a model without such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"train.gradient_checkpointing = True: {type(model).__name__} has no layers that transformers can compute "
+            "again; leave it out, and lower compute.tokens_per_forward to save memory"
+        )
+    for layer in layers:
+        # Nothing random happens in evaluation mode, so no generator's state is kept for the second time.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _add(sums: dict[str, float], losses: Tensor, logps: PairLogps, beta: float) -> None:
@@ -193,30 +247,38 @@ def fit(
     config: Train,
     compute: Compute,
     seed: int,
+    adapter_off: bool = False,
     stage: Stage,
 ) -> Path:
     """Train `policy` on pairs with reference log-probabilities; returns the folder of the trained model.
 
+    `adapter_off`: the reference is `policy` itself and an adapter is trained; pairs that do not carry its
+    log-probabilities yet get them here, with the adapter switched off.
     `training_log.jsonl` in it has a line a step (means over the batch) and a line a look at the validation pairs.
     Raises CheckFailed when there is nothing to train on, or a self-check fails.
     """
     if not pairs:
         raise CheckFailed("there are no pairs to train on; the counts of earlier stages say where they were dropped")
-    learner = Learner(policy, pairs, loss=loss, beta=beta, config=config, compute=compute, seed=seed)
+    data, n = [*pairs, *validation], len(pairs)
+    learner = Learner(policy, data, loss=loss, beta=beta, config=config, compute=compute, seed=seed, stage=stage)
     stage.event("path", model=policy.name, path=learner.path, why=learner.why)
+    if adapter_off:
+        data = learner.with_reference_logps(data)
     start, log = load_checkpoint(stage.scratch, model=learner.model, optimizer=learner.optimizer)
     if start:
         stage.note(f"continuing from the checkpoint after step {start}")
     with stage.progress(config.steps, unit="steps", description="training") as advance:
         advance(start)
         for step in range(start, config.steps):
-            batch = [pairs[i] for i in batch_of_step(len(pairs), config.batch_size, step, seed)]
+            batch = [data[i] for i in batch_of_step(n, config.batch_size, step, seed)]
             row = {"step": step + 1, **learner.step(batch, step)}
             log.append(row)
             stage.event("step", **row)
+            if step == 1 and learner.unmoved:
+                stage.note(_without_gradient(list(learner.unmoved)))
             last = step + 1 == config.steps
             if validation and (last or (step + 1) % config.validate_every == 0):
-                log.append({"step": step + 1, "validation": learner.evaluate(validation)})
+                log.append({"step": step + 1, "validation": learner.evaluate(data[n:])})
                 stage.event("validation", **log[-1])
             if stage.scratch and not last and (step + 1) % config.checkpoint_every == 0:
                 save_checkpoint(stage.scratch, step=step + 1, model=learner.model, optimizer=learner.optimizer, log=log)
@@ -226,6 +288,13 @@ def fit(
     learner.write(stage.output)
     write_training_log(stage.output / TRAINING_LOG, log)
     return stage.output
+
+
+def _without_gradient(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} trainable weights had no gradient but zero in the first two steps (such as {names[0]}): experts "
+        "that no token was sent to, or parts of the model that the loss does not reach"
+    )
 
 
 def write_training_log(path: Path, log: list[dict[str, Any]]) -> None:

@@ -1,23 +1,50 @@
-"""Log-probabilities of whole files of responses under one model folder: scoring and reference passes.
+"""Log-probabilities of whole files of responses under one model: scoring and reference passes.
 
-The model is loaded, used and released here, so a caller that needs two models never holds both. Finished rows are
-kept in the stage's scratch folder: a pass that is killed goes on where it was.
+The model of a pass is loaded, used and released here, so a caller that needs two models never holds both. Finished rows
+are kept in the stage's scratch folder: a pass that is killed goes on where it was.
+
+Log-probabilities under the reference of a training round come from the first of these that has them:
+
+1. the scorer, where it has just scored the responses under this very model (DICE);
+2. the disk cache: an earlier reference pass over the same rows;
+3. the policy in training with its adapter switched off, where that is the reference (`Learner.with_reference_logps`);
+4. a second model.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
-from prefloop.errors import CheckFailed
-from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer
+from prefloop.errors import InputError
+from prefloop.fingerprints import sha256
+from prefloop.models import ModelRef, cache_folder, choose_device, load_model, load_tokenizer
 from prefloop.records import Pair, Prompt, Response
-from prefloop.run import Stage
+from prefloop.run import Stage, environment
+from prefloop.train.checks import check_finite
 from prefloop.train.config import Compute
 from prefloop.train.logprobs import choose_path, response_logps, rows
 from prefloop.train.packing import TokenGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFINITION = "sum over response tokens of log pi(y_i | x, y_<i), nats, temperature 1, end token included; 1"
+"""What a cached number means; the last figure counts changes of the computation that change its result."""
+
+
+class Pass(NamedTuple):
+    """Log-probabilities of every response of every group, in nats, and the path that gave them."""
+
+    sums: list[list[float]]
+    path: str
+    why: str
 
 
 def choose_dtype(compute: Compute, device: str) -> str:
@@ -46,38 +73,43 @@ def logps_under(
     `part` names the finished rows in the stage's scratch folder; a stage with two passes gives each its own.
     Raises CheckFailed when one is not a number.
     """
-    stage = stage or Stage.detached()
     if not items:
         return []
     chat = ChatFormat(load_tokenizer(ref))
     groups = [token_group(chat, prompt, responses) for prompt, responses in items]
-    device = choose_device(compute.device)
-    dtype = choose_dtype(compute, device)
-    model = load_model(ref, device=device).requires_grad_(False)
-    path, why = choose_path(model, groups, dtype=dtype)
-    stage.event("path", model=ref.name, path=path, why=why)
+    sums = loaded_pass(groups, ref, compute=compute, part=part, stage=stage or Stage.detached()).sums
+    check_finite(sums, [prompt.id for prompt, _ in items], ref.name)
+    return sums
 
+
+def loaded_pass(groups: Sequence[TokenGroup], ref: ModelRef, *, compute: Compute, part: str, stage: Stage) -> Pass:
+    """`model_pass` under a model that is loaded for it and released after it."""
+    model = load_model(ref, device=choose_device(compute.device)).requires_grad_(False)
+    return model_pass(groups, model, ref.name, compute=compute, part=part, stage=stage)
+
+
+def model_pass(
+    groups: Sequence[TokenGroup], model: "PreTrainedModel", name: str, *, compute: Compute, part: str, stage: Stage
+) -> Pass:
+    """Log-probabilities of all groups under a model in memory, row by row under the token budget."""
+    dtype = choose_dtype(compute, model.device.type)
+    path, why = choose_path(model, groups, dtype=dtype)
+    stage.event("path", model=name, path=path, why=why)
     finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None
     result = _read_finished(finished)
-    with stage.progress(len(items), unit="prompts", description=f"log-probabilities under {ref.name}") as advance:
+    with stage.progress(len(groups), unit="prompts", description=f"log-probabilities under {name}") as advance:
         advance(len(result))
         for row in rows(groups, compute.tokens_per_forward, path=path):
             if all(index in result for index in row):
                 continue
-            with torch.inference_mode():
+            with torch.no_grad():
                 flat = response_logps(model, [groups[i] for i in row], path=path, dtype=dtype).sums.tolist()
             values = iter(flat)
             computed = {index: [next(values) for _ in groups[index].responses] for index in row}
             _append(finished, computed)
             result.update(computed)
             advance(len(row))
-    for index, (prompt, _) in enumerate(items):
-        if not all(value == value and value > float("-inf") for value in result[index]):
-            raise CheckFailed(
-                f"log-probability {result[index]} of a response to prompt {prompt.id!r} under {ref.name} is not "
-                "finite; the model's weights are probably damaged, or its context is shorter than the row"
-            )
-    return [result[index] for index in range(len(items))]
+    return Pass([result[index] for index in range(len(groups))], path, why)
 
 
 def _append(file: Path | None, computed: dict[int, list[float]]) -> None:
@@ -102,14 +134,107 @@ def _read_finished(file: Path | None) -> dict[int, list[float]]:
 def with_reference_logps(
     pairs: Sequence[Pair], reference: ModelRef, *, compute: Compute, stage: Stage | None = None
 ) -> list[Pair]:
-    """Pairs whose `reference_logps` are those of `reference`: kept where the scorer computed them, else computed."""
+    """Pairs whose `reference_logps` are those of `reference`: from the scorer, the disk cache or a second model."""
     stage = stage or Stage.detached()
-    missing = [i for i, pair in enumerate(pairs) if pair.reference != reference.fingerprint]
-    stage.count("reference log-probabilities already known from scoring", len(pairs) - len(missing))
-    stage.count("reference log-probabilities computed", len(missing))
-    items = [(pairs[i].prompt, (pairs[i].chosen, pairs[i].rejected)) for i in missing]
-    completed = list(pairs)
-    for i, (chosen, rejected) in zip(missing, logps_under(reference, items, compute=compute, stage=stage), strict=True):
-        update = {"reference_logps": (chosen, rejected), "reference": reference.fingerprint}
-        completed[i] = pairs[i].model_copy(update=update)
-    return completed
+    return fill_in(
+        pairs,
+        reference,
+        partial(loaded_pass, ref=reference, compute=compute, part="logps", stage=stage),
+        source="computed",
+        why="a second model, loaded for this pass: neither scorer nor cache has them, and it is no adapter's base",
+        compute=compute,
+        stage=stage,
+    )
+
+
+def fill_in(
+    pairs: Sequence[Pair],
+    reference: ModelRef,
+    run_pass: Callable[[Sequence[TokenGroup]], Pass],
+    *,
+    source: str,
+    why: str,
+    compute: Compute,
+    stage: Stage,
+) -> list[Pair]:
+    """Pairs with the log-probabilities of `reference`; what neither scorer nor disk knows comes from `run_pass`.
+
+    Every source that was used, and why, is noted, counted and put into the event log; a pass is kept on disk.
+    """
+    missing = [pair for pair in pairs if pair.reference != reference.fingerprint]
+    known = len(pairs) - len(missing)
+    _report(stage, known, "already known from scoring", f"scored under {reference.name}, which is the reference")
+    if not missing:
+        return list(pairs)
+    chat = ChatFormat(load_tokenizer(reference))
+    groups = [token_group(chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in missing]
+    key = cache_key(groups, reference, compute)
+    file = cache_folder() / "logps" / f"{key}.logps"
+    found = read_cached(file, key, stage)
+    if found:
+        stage.event("path", model=reference.name, path=found.path, why=found.why)
+        source, why = "read from the disk cache", f"an earlier pass over the same rows, {file.name[:12]}..."
+    else:
+        found = run_pass(groups)
+        check_finite(found.sums, [pair.prompt.id for pair in missing], reference.name)
+        write_cached(file, key, groups, found, stage)
+    _report(stage, len(missing), source, why)
+    values = iter(found.sums)
+    return [
+        pair
+        if pair.reference == reference.fingerprint
+        else pair.model_copy(update={"reference_logps": tuple(next(values)), "reference": reference.fingerprint})
+        for pair in pairs
+    ]
+
+
+def _report(stage: Stage, n: int, source: str, why: str) -> None:
+    if n:
+        stage.note(f"reference log-probabilities of {n} pairs {source}: {why}")
+        stage.event("reference", source=source, pairs=n, why=why)
+    stage.count(f"reference log-probabilities {source}", n)
+
+
+def cache_key(groups: Sequence[TokenGroup], ref: ModelRef, compute: Compute) -> str:
+    """A hash of all that decides the result of a pass to the last bit: token ids, model, precision, budget, definition,
+    machine and library versions.
+
+    The path (shared or padded) is a function of these, so it is stored with the result: it is known only once a model
+    is loaded. The model counts with its configuration, which decides the numbers as much as the weights do.
+    """
+    device = choose_device(compute.device)
+    numerics = [device, choose_dtype(compute, device), compute.tokens_per_forward, torch.get_num_threads()]
+    total = hashlib.sha256(json.dumps([DEFINITION, ref.fingerprint, numerics, environment()]).encode())
+    for group in groups:
+        total.update(json.dumps([group.prompt_ids, group.responses]).encode())
+    return total.hexdigest()
+
+
+def read_cached(file: Path, key: str, stage: Stage) -> Pass | None:
+    """The pass stored under `key`; None when there is none. A file that is not as it was written is never believed.
+
+    A whole file is believed for its key, without a model to compare with: to load one is most of the cost that the
+    cache saves. Where the reference is the model in training, `check_zero_margin` compares at the first step.
+    """
+    try:
+        digest, _, content = file.read_text(encoding="utf-8", errors="replace").partition("\n")
+    except OSError:
+        return None
+    if digest != sha256(key + content):
+        stage.note(f"{file} is damaged; its log-probabilities are computed again")
+        return None
+    stored = json.loads(content)
+    return Pass(stored["sums"], stored["path"], stored["why"])
+
+
+def write_cached(file: Path, key: str, groups: Sequence[TokenGroup], result: Pass, stage: Stage) -> None:
+    """Keep a pass: a line with the hash of key and content, then sums and predicted tokens of every response.
+
+    A cache that cannot be written costs time later, not the run.
+    """
+    counts = [[len(ids) - (not group.prompt_ids) for ids in group.responses] for group in groups]
+    content = json.dumps({"definition": DEFINITION, "counts": counts, **result._asdict()})
+    try:
+        write_atomically(file, f"{sha256(key + content)}\n{content}")
+    except InputError as error:
+        stage.note(f"reference log-probabilities are not kept for later: {error}")
