@@ -105,6 +105,14 @@ def shared_prefix_attention(
     """Attention of one layer over one row. query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]."""
     if layout is None:
         raise RuntimeError("this model does not hand extra keyword arguments to its attention")
+    if query.device.type == "cpu":
+        # The CPU kernels of bfloat16 attention are slower than those of float32, twice so backward.
+        with torch.autocast("cpu", enabled=False):
+            return _attend(query.float(), key.float(), value.float(), scaling, layout).to(query.dtype), None
+    return _attend(query, key, value, scaling, layout), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     sizes = [size for prompt, branches in layout.segments for size in (prompt, *branches)]
     # One split (not many slices): its backward is one concatenation instead of a row-sized zero tensor for each piece.
@@ -128,7 +136,7 @@ def shared_prefix_attention(
                     enable_gqa=grouped,
                 )
             )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
