@@ -53,14 +53,13 @@ def ours(job: Job, turn: Connection) -> None:
     """Worker: waits for its turn, does the reference pass or one step, reports seconds and loss."""
     from functools import partial
 
-    from workloads import WORKLOADS, as_pairs, make_items, matmul_rate, model_flops, peak_memory
-
     from prefloop.data.chat import ChatFormat
     from prefloop.models import load_tokenizer, resolve
     from prefloop.train.config import Compute, Train
     from prefloop.train.learner import Learner
     from prefloop.train.losses import dpo
     from prefloop.train.reference import token_group, with_reference_logps
+    from workloads import WORKLOADS, as_pairs, make_items, matmul_rate, model_flops, peak_memory
 
     ref = resolve(job.model)
     chat = ChatFormat(load_tokenizer(ref))
@@ -99,11 +98,11 @@ def trl(job: Job, turn: Connection) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import DPOConfig, DPOTrainer
-    from workloads import WORKLOADS, as_pairs, make_items, peak_memory
 
     from prefloop.data.chat import ChatFormat
     from prefloop.models import load_tokenizer, resolve
     from prefloop.train.reference import token_group
+    from workloads import WORKLOADS, as_pairs, make_items, peak_memory
 
     ref = resolve(job.model)
     tokenizer = load_tokenizer(ref)

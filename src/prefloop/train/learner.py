@@ -66,7 +66,7 @@ class Learner:
             fused=device != "mps",
         )
         self.path: LogpsPath
-        self.path, self.why = choose_path(self.model, self._groups(sample_of_data[:2]), dtype=self.dtype)
+        self.path, self.why = choose_path(self.model, self._groups(sample_of_data[:2]))
 
     def _groups(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
         return [token_group(self.chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]

@@ -1,7 +1,8 @@
 """Memory that is used again and again: a training step frees and takes the same gigabyte each time.
 
 glibc hands large freed blocks back to the kernel at once, and the next step pays a page fault for every 4 kB of them.
-Measured on two cores (SmolLM2-135M, 4 pairs a step): 30,000 to 190,000 faults a step, a tenth of a bfloat16 step's time.
+Measured on two cores (SmolLM2-135M, 4 pairs a step): 30,000 to 190,000 faults a step, a tenth of the time of a
+step in bfloat16.
 """
 
 import ctypes
@@ -18,7 +19,8 @@ LARGEST_MMAP_THRESHOLD = 2**25
 def reused_memory() -> Iterator[None]:
     """Inside, freed blocks below 32 MB stay with the process and are used again; on leaving they go back to the system.
 
-    Larger blocks (gradients of an embedding) always go back: kept, they would fragment the heap. A setting of the whole process, on Linux with glibc; elsewhere nothing happens. Works as a decorator too.
+    Larger blocks (gradients of an embedding) always go back: kept, they would fragment the heap. A setting of the whole
+    process, on Linux with glibc; elsewhere nothing happens. Works as a decorator too.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

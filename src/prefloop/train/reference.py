@@ -54,7 +54,7 @@ def logps_under(
     device = choose_device(compute.device)
     dtype = choose_dtype(compute, device)
     model = load_model(ref, device=device).requires_grad_(False)
-    path, why = choose_path(model, groups, dtype=dtype)
+    path, why = choose_path(model, groups)
     stage.event("path", model=ref.name, path=path, why=why)
 
     finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None
