@@ -17,14 +17,16 @@ machine's matrix products with the model's own shapes, measured between the step
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from turns import Side, report, timed
+
+NAMES = ("multi_turn", "long_prompt", "short_prompt")
 BATCH = 4
 LEARNING_RATE = 1e-6
 BETA = 0.1
@@ -180,39 +182,6 @@ def trl(job: Job, turn: Connection) -> None:
     report(turn, {"peak": peak_memory()})
 
 
-def report(turn: Connection, value: Any) -> None:
-    turn.send((0.0, value))
-
-
-def timed(turn: Connection, work: Callable[[], Any]) -> None:
-    """Wait for the turn, work, report how long it took and what came out."""
-    turn.recv()
-    start = time.perf_counter()
-    result = work()
-    turn.send((time.perf_counter() - start, result))
-
-
-class Side:
-    """The other end of a worker process."""
-
-    def __init__(self, target: Callable[[Job, Connection], None], job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.turn, theirs = context.Pipe()
-        self.process = context.Process(target=target, args=(job, theirs))
-        self.process.start()
-        theirs.close()
-        self.why = self.turn.recv()[1]
-
-    def go(self) -> tuple[float, Any]:
-        self.turn.send(None)
-        return self.turn.recv()
-
-    def finish(self) -> dict[str, float]:
-        found = self.go()[1]
-        self.process.join()
-        return found
-
-
 def race(job: Job, sides: Sequence[Side]) -> tuple[list[list[float]], list[list[float]]]:
     """Seconds and losses of every side: the reference pass first, then each step, the sides taking turns."""
     seconds: list[list[float]] = [[] for _ in sides]
@@ -277,13 +246,11 @@ def fastest_variant(job: Job, variants: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from workloads import WORKLOADS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--opponent", choices=["trl"], default="trl")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--only", choices=list(WORKLOADS))
+    parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="3 steps a workload, TRL's usually fastest variant only")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens-per-forward", type=int, default=1024)
@@ -293,7 +260,7 @@ def main() -> None:
     steps = 3 if args.quick else args.steps
     variants = dict(list(TRL_VARIANTS.items())[:1]) if args.quick else TRL_VARIANTS
     result = {}
-    for workload in [args.only] if args.only else WORKLOADS:
+    for workload in [args.only] if args.only else NAMES:
         job = Job(args.model, workload, args.dtype, steps * BATCH, args.seed, args.tokens_per_forward, {})
         result[workload] = compare(job, variants)
     print(json.dumps(result))

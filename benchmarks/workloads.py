@@ -39,6 +39,8 @@ WORKLOADS = {
     "multi_turn": Workload(140, 45, 0.9, 0.8),
     "long_prompt": Workload(400, 60, 0.5, 0.5),
     "short_prompt": Workload(30, 120, 0.5, 0.5),
+    "multi_turn_groups": Workload(140, 64, 0.9, 0.5),
+    "long_prompt_groups": Workload(400, 60, 0.5, 0.5),
 }
 LONGEST = 1024
 """Tokens of prompt and response together; longer draws are drawn again, so that neither side truncates."""

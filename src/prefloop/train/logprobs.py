@@ -151,8 +151,11 @@ def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple
         window = getattr(config, name, None)
         if used and window and window < longest and getattr(config, "use_sliding_window", True):
             return "padded", f"padded: this model looks at windows of {window} tokens and the longest row has {longest}"
+    shortest = min(groups, key=lambda group: group.tokens)
     try:
-        difference, responses = _disagreement(model, [*_PROBES, *sorted(groups, key=lambda group: group.tokens)[:2]])
+        difference, responses = _disagreement(
+            model, [*_PROBES, TokenGroup(shortest.prompt_ids, shortest.responses[:2])]
+        )
     except (RuntimeError, TypeError, ValueError) as error:
         return "padded", f"padded: the shared path does not run on this model ({type(error).__name__}: {error})"
     if not difference <= 1e-5:
