@@ -1,163 +1,109 @@
-"""The log-probability core against the plain transformers forward, one response at a time: values and gradients."""
+"""The core's own promises: batches and rows change nothing, and a model the shared path does not suit is found out.
+
+That its numbers are those of the plain forward is proven in tests/parity.
+"""
+
+from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from tests.parity.families import FAMILIES, GROUPS, small_model
+from tests.parity.plain import assert_float32_parity, core_outcome, plain_outcome
+from transformers import LlamaConfig, PreTrainedModel
 
-from prefloop.train.logprobs import choose_path, response_logps, rows
+from prefloop.train.logprobs import Path, choose_path, response_logps, rows
 from prefloop.train.packing import TokenGroup
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 256,
-}
-GROUPS = [
-    TokenGroup((5, 6, 7, 8), ((9, 10, 11), (12,), (13, 14, 15, 16, 17))),
-    TokenGroup((20,), ((21, 22), (23,))),
-    TokenGroup(tuple(range(30, 50)), tuple((50 + i, 60, 61 + i, 3) for i in range(16))),
-]
-SHARED: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "llama untied": LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "mistral without window": MistralConfig(**SMALL, sliding_window=None),
-    "cohere": CohereConfig(**SMALL, logit_scale=0.25),
-    "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, n_positions=256,
-                       resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-}  # fmt: skip
-PADDED: dict[str, PretrainedConfig] = {
-    "mistral with window": MistralConfig(**SMALL, sliding_window=8),
-    "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0, sliding_window=8),
-}
+PATHS: list[Path] = ["shared", "padded"]
 
 
-def small_model(config: PretrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).float().eval()
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return small_model(FAMILIES["llama"].config)
 
 
-def plain_logps(model: PreTrainedModel, groups: list[TokenGroup]) -> torch.Tensor:
-    """The definition, without any of our code: full forward of one sequence, log-softmax, gather, sum."""
-    result = []
-    for group in groups:
-        for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response]])
-            logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
-            start = len(group.prompt_ids) - 1
-            result.append(sum(logps[start + i, token] for i, token in enumerate(response)))
-    return torch.stack(result)
+def counting_its_own_positions(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as if its forward took no positions: the branches of a row then stand at the wrong places."""
+
+    def drop(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+    model.base_model.register_forward_pre_hook(drop, with_kwargs=True)
+    return model
 
 
-@pytest.mark.parametrize("path", ["shared", "padded"])
-@pytest.mark.parametrize("family", SHARED)
-def test_values_and_every_gradient_equal_the_plain_forward(family: str, path: str) -> None:
-    model = small_model(SHARED[family])
-    weights = torch.linspace(-1, 2, 21)
-    expected = plain_logps(model, GROUPS)
-    (expected * weights).sum().backward()
-    expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-
-    found = response_logps(model, GROUPS, path=path).sums
-    (found * weights).sum().backward()
-
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
-    assert expected_gradients
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (name not in expected_gradients), name
-        if parameter.grad is not None:
-            scale = expected_gradients[name].abs().max().clamp(min=1e-3)
-            assert float((parameter.grad - expected_gradients[name]).abs().max() / scale) < 2e-4, name
+def test_a_model_on_which_the_shared_path_is_wrong_is_found_out(model: PreTrainedModel) -> None:
+    path, why = choose_path(counting_its_own_positions(model), GROUPS)
+    assert path == "padded" and "differs from the plain forward" in why, why
 
 
-@pytest.mark.parametrize("family", PADDED)
-def test_windowed_families_take_the_padded_path_and_are_right_there(family: str) -> None:
-    model = small_model(PADDED[family])
-    path, why = choose_path(model, GROUPS)
-    assert path == "padded" and "padded" in why
-    with torch.no_grad():
-        assert torch.allclose(
-            response_logps(model, GROUPS, path=path).sums, plain_logps(model, GROUPS), rtol=1e-5, atol=1e-4
-        )
+def test_choosing_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
+    before = model.config._attn_implementation
+    assert choose_path(model, GROUPS)[0] == "shared"
+    assert model.config._attn_implementation == before
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", SHARED)
-def test_plain_causal_families_take_the_shared_path(family: str) -> None:
-    path, why = choose_path(small_model(SHARED[family]), GROUPS)
-    assert path == "shared", why
-
-
-def test_a_model_on_which_the_shared_path_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    import prefloop.train.attention as attention
-
-    model = small_model(SHARED["llama"])
-    monkeypatch.setattr(
-        attention.Layout, "mask", lambda self, branch, prompt, like: like.new_zeros(branch, prompt + branch)
-    )
-    path, why = choose_path(model, GROUPS)
-    assert path == "padded" and "differs from the plain forward" in why
-
-
-def test_responses_do_not_see_each_other_nor_other_groups() -> None:
-    model = small_model(SHARED["llama"])
+def test_responses_do_not_see_each_other_nor_other_groups(model: PreTrainedModel) -> None:
+    first, *rest = GROUPS[2].responses
+    changed = TokenGroup(GROUPS[2].prompt_ids, (first, *(tuple((token + 1) % 97 for token in r) for r in rest)))
     with torch.no_grad():
         before = response_logps(model, GROUPS).sums
-        other = TokenGroup(GROUPS[0].prompt_ids, (GROUPS[0].responses[0], (90,), (91, 92, 93, 94, 95)))
-        after = response_logps(model, [other, TokenGroup((96, 95), ((94,),)), GROUPS[2]]).sums
-    assert after[0].item() == pytest.approx(before[0].item(), abs=1e-5)
-    assert torch.allclose(after[4:], before[5:], atol=1e-5)
+        after = response_logps(model, [GROUPS[0], TokenGroup((96, 95), ((94,), (93, 92))), changed, *GROUPS[3:]]).sums
+    # Sums 0, 3 and 8 on are of responses that stayed; 4 to 7 are the changed ones.
+    torch.testing.assert_close(after[[0, 3]], before[[0, 3]], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(after[8:], before[8:], rtol=1e-6, atol=0.0)
+    assert float((after[4:8] - before[4:8]).abs().min()) > 1e-2
 
 
-def test_d15_batch_composition_does_not_change_a_value() -> None:
-    model = small_model(SHARED["llama"])
+@pytest.mark.parametrize("path", PATHS)
+def test_d15_batch_composition_does_not_change_a_value(model: PreTrainedModel, path: Path) -> None:
     with torch.no_grad():
-        together = response_logps(model, GROUPS).sums
-        apart = torch.cat([response_logps(model, [group]).sums for group in GROUPS])
-        padded = response_logps(model, GROUPS, path="padded").sums
-    assert torch.allclose(together, apart, atol=1e-4)
-    assert torch.allclose(together, padded, atol=1e-4)
+        together = response_logps(model, GROUPS, path=path).sums
+        apart = torch.cat([response_logps(model, [group], path=path).sums for group in GROUPS])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0.0)
 
 
-def test_bfloat16_products_stay_near_float32() -> None:
-    model = small_model(SHARED["llama"])
-    with torch.no_grad():
-        exact = response_logps(model, GROUPS).sums
-        rough = response_logps(model, GROUPS, dtype="bfloat16").sums
-    assert rough.dtype == torch.float32
-    assert 0 < float(((rough - exact) / exact).abs().max()) < 3e-2
+@pytest.mark.parametrize("path", PATHS)
+def test_sums_tokens_and_counts_belong_together(model: PreTrainedModel, path: Path) -> None:
+    found = response_logps(model, GROUPS, path=path, dtype="bfloat16")
+    assert found.entropy is None
+    assert found.sums.dtype == found.tokens.dtype == torch.float32
+    parts = [part.sum() for part in found.tokens.split(found.counts.tolist())]
+    torch.testing.assert_close(found.sums, torch.stack(parts))
 
 
-def test_long_responses_cross_head_chunks() -> None:
-    model = small_model(LlamaConfig(**{**SMALL, "max_position_embeddings": 1024}))
-    generator = torch.Generator().manual_seed(0)
-    long = tuple(torch.randint(0, 97, (600,), generator=generator).tolist())
-    group = TokenGroup((1, 2), (long, long[:300]))
-    with torch.no_grad():
-        assert torch.allclose(response_logps(model, [group]).sums, plain_logps(model, [group]), rtol=1e-5)
+@pytest.mark.parametrize("path", PATHS)
+def test_entropy_changes_no_value_and_carries_no_gradient(model: PreTrainedModel, path: Path) -> None:
+    asked = response_logps(model, GROUPS, path=path, entropy=True)
+    assert asked.entropy is not None and not asked.entropy.requires_grad
+    assert asked.tokens.requires_grad
+    assert torch.equal(asked.tokens, response_logps(model, GROUPS, path=path).tokens)
 
 
-@pytest.mark.parametrize("path", ["shared", "padded"])
-def test_rows_hold_every_group_once_under_the_budget(path: str) -> None:
-    cut = rows(GROUPS, 70, path=path)
-    assert sorted(index for row in cut for index in row) == [0, 1, 2]
-    assert len(cut) == 2
+@pytest.mark.parametrize("path", PATHS)
+def test_where_nothing_is_predicted_the_sum_is_zero(model: PreTrainedModel, path: Path) -> None:
+    found = response_logps(model, [TokenGroup((), ((5,), (6,)))], path=path)
+    assert found.sums.tolist() == [0.0, 0.0]
+    assert found.counts.tolist() == [0, 0]
+    assert len(found.tokens) == 0
+
+
+def test_long_responses_cross_the_tiles_of_the_head() -> None:
+    config = LlamaConfig(**{**FAMILIES["llama"].config.to_dict(), "max_position_embeddings": 1024})
+    tokens = torch.randint(0, 97, (1300,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = TokenGroup((1, 2), (tuple(tokens[:700]), tuple(tokens[700:])))
+    model = small_model(config)
+    assert_float32_parity(core_outcome(model, [group], path="shared"), plain_outcome(model, [group]))
+
+
+def test_shared_rows_hold_every_group_once_under_the_budget() -> None:
+    # Tokens of the groups: 6, 2, 24, 48, 6.
+    assert rows(GROUPS, 54, path="shared") == [[0, 3], [1, 2, 4]]
+    assert rows(GROUPS, 1, path="shared") == [[3], [2], [0], [4], [1]]
+
+
+def test_padded_rows_count_every_response_at_the_width_of_the_widest() -> None:
+    # Responses x longest row: 1 x 7, 2 x 3, 5 x 16, 16 x 18, 3 x 5; narrow groups first.
+    assert rows(GROUPS, 42, path="padded") == [[1, 4, 0], [2], [3]]
+    assert rows(GROUPS, 41, path="padded") == [[1, 4], [0], [2], [3]]

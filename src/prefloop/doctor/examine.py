@@ -143,7 +143,7 @@ def measure(report: Report, ref: ModelRef, groups: Sequence[TokenGroup], adapter
 
 def look_at_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], dtype: str, *, gradients: bool) -> PathFacts:
     """The path that training takes on `groups`, and its parity on the shortest of them; `gradients` on one of these."""
-    path, why = choose_path(model, groups, dtype=dtype)
+    path, why = choose_path(model, groups)
     shortest = sorted(groups, key=lambda group: group.tokens)[:PARITY_ROWS]
     return PathFacts(
         path=path,

@@ -2,19 +2,22 @@
 
 A row holds groups end to end, `[prompt 1][branch 1.1][branch 1.2][prompt 2][branch 2.1]...`. A prompt token attends to
 its own prompt so far; a branch token to its whole prompt and to its own branch so far. Attention across groups or
-branches is never computed: there is one call per prompt and per branch, and no row-sized mask.
+branches is never computed: on a CPU there is one call per prompt and per branch, on CUDA one compiled FlexAttention
+call with a block mask.
 
 The function is registered with transformers' public attention registry, so every decoder-only family with plain causal
 attention gains it. The model's forward hands extra keyword arguments through to it: that is how it learns the layout.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -43,6 +46,7 @@ class Layout:
     counts: Tensor
     segments: list[tuple[int, list[int]]]
     _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _block_mask: BlockMask | None = None
 
     @classmethod
     def of(cls, groups: Sequence[TokenGroup], device: torch.device | str = "cpu") -> "Layout":
@@ -91,6 +95,27 @@ class Layout:
             self._masks[key] = mask.masked_fill_(~allowed, float("-inf"))
         return self._masks[key]
 
+    def block_mask(self) -> BlockMask:
+        """The whole row's rule for FlexAttention: own group, not later, and the prompt or the own branch. Made once."""
+        if self._block_mask is None:
+            groups: list[int] = []
+            branches: list[int] = []
+            for group, (prompt, lengths) in enumerate(self.segments):
+                for branch, length in enumerate((prompt, *lengths)):
+                    groups += [group] * length
+                    branches += [branch] * length
+            device = self.input_ids.device
+            group_of = torch.tensor(groups, device=device)
+            branch_of = torch.tensor(branches, device=device)
+
+            def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                own = (branch_of[key] == 0) | (branch_of[key] == branch_of[query])
+                return (group_of[query] == group_of[key]) & own & (query >= key)
+
+            size = len(groups)
+            self._block_mask = create_block_mask(visible, None, None, size, size, device=str(device))
+        return self._block_mask
+
 
 def shared_prefix_attention(
     module: torch.nn.Module,
@@ -99,36 +124,94 @@ def shared_prefix_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     layout: Layout | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer over one row. query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]."""
+    """Attention of one layer over one row. query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D].
+
+    Raises RuntimeError for what it does not know how to compute; `choose_path` then takes the padded path.
+    """
     if layout is None:
         raise RuntimeError("this model does not hand extra keyword arguments to its attention")
-    grouped = query.shape[1] != key.shape[1]
+    if more.get("s_aux") is not None:
+        raise RuntimeError("this model's attention has sink logits")
+    if query.is_cuda:
+        attended = flex_attend(query, key, value, layout, scaling=scaling, softcap=softcap, attend=_compiled_flex())
+    else:
+        # In float32: the CPU's kernels of bfloat16 attention are slower than those of float32, twice so backward.
+        with torch.autocast(query.device.type, enabled=False):
+            attended = _attend(query.float(), key.float(), value.float(), layout, scaling, softcap).to(query.dtype)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """One call per prompt and per branch."""
     sizes = [size for prompt, branches in layout.segments for size in (prompt, *branches)]
     # One split (not many slices): its backward is one concatenation instead of a row-sized zero tensor for each piece.
     queries, keys, values = (iter(tensor.split(sizes, dim=2)) for tensor in (query, key, value))
     pieces = []
     for prompt, branches in layout.segments:
-        prompt_key, prompt_value = next(keys), next(values)
-        pieces.append(
-            scaled_dot_product_attention(
-                next(queries), prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
-        )
+        prompt_query, prompt_key, prompt_value = next(queries), next(keys), next(values)
+        if prompt:
+            mask = None if softcap is None else layout.mask(prompt, 0, query)
+            pieces.append(_piece(prompt_query, prompt_key, prompt_value, mask, scaling, softcap))
         for branch in branches:
             pieces.append(
-                scaled_dot_product_attention(
+                _piece(
                     next(queries),
                     torch.cat([prompt_key, next(keys)], dim=2),
                     torch.cat([prompt_value, next(values)], dim=2),
-                    attn_mask=layout.mask(branch, prompt, query),
-                    scale=scaling,
-                    enable_gqa=grouped,
+                    layout.mask(branch, prompt, query),
+                    scaling,
+                    softcap,
                 )
             )
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(pieces, dim=2)
+
+
+def _piece(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """softmax(cap(scaling q k^T) + mask) v; without a mask, causal."""
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = grouped @ key[:, :, None].transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores if mask is None else scores + mask
+    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)
+
+
+def flex_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    attend: Callable[..., Any] = flex_attention,
+) -> Tensor:
+    """The same by one FlexAttention call: blocks of queries and keys that share no group and branch are skipped."""
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap) if softcap else score
+
+    return attend(
+        query, key, value, score_mod=cap if softcap else None, block_mask=layout.block_mask(), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
@@ -141,6 +224,8 @@ def shared_prefix(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, the model's layers attend as their `layout` keyword says; outside, as before."""
     before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise RuntimeError("this model's attention cannot be exchanged")
     try:
         yield
     finally:

@@ -64,10 +64,13 @@ def _tiles(tokens: int, vocabulary: int, device: torch.device) -> Iterator[tuple
             yield slice(start, start + rows), slice(first, first + columns)
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result: a sum over vocabulary tiles of results rounded to bfloat16 drifts."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
+def _float32_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with a float32 result: a sum over vocabulary tiles of results rounded to bfloat16 drifts.
+
+    Where the hardware multiplies `dtype` into float32, in `dtype`; else in float32.
+    """
+    if a.is_cuda and dtype != torch.float32:
+        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
@@ -112,7 +115,9 @@ class _HeadLogps(torch.autograd.Function):
         hidden, weight, bias, targets, log_total, target_logits = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        # The first token tile writes every row: no pass of zeros over a vocabulary-sized gradient.
+        new = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = new(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for rows, columns in _tiles(len(hidden), len(weight), hidden.device):
             tile_bias = None if bias is None else bias[columns]
@@ -121,9 +126,13 @@ class _HeadLogps(torch.autograd.Function):
             share = logits.sub_(log_total[rows, None]).exp_().mul_(-grad[rows, None])
             share = share.mul_(inner) if isinstance(inner, Tensor) or inner != 1.0 else share
             if needs_hidden:
-                grad_hidden[rows] += _float32_product(share.to(hidden.dtype), weight[columns].to(hidden.dtype))
+                grad_hidden[rows] += _float32_product(share, weight[columns], hidden.dtype)
             if grad_weight is not None:
-                grad_weight[columns] += (share.to(hidden.dtype).T @ hidden[rows]).to(weight.dtype)
+                product = share.to(hidden.dtype).T @ hidden[rows]
+                if rows.start:
+                    grad_weight[columns] += product
+                else:
+                    grad_weight[columns] = product
             if grad_bias is not None:
                 grad_bias[columns] += share.sum(0).to(bias.dtype)
         target_share = grad * _inner_gradient(target_logits, ctx.scale, ctx.softcap)

@@ -77,7 +77,7 @@ class Learner:
         self.optimizer = make_optimizer(config, [weight for _, weight in self.trained])
         self.unmoved = dict(self.trained)
         self.path: LogpsPath
-        self.path, self.why = choose_path(self.model, list(self.known.values()), dtype=self.dtype)
+        self.path, self.why = choose_path(self.model, list(self.known.values()))
 
     def tokenise(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
         """The token ids of pairs, checked (`check_pairs`)."""

@@ -90,6 +90,9 @@ def _shared_hidden(
     model: "PreTrainedModel", groups: Sequence[TokenGroup]
 ) -> tuple[Float[Tensor, "T D"], Int[Tensor, " T"], Int[Tensor, " R"]]:
     layout = Layout.of(groups, model.device)
+    if not layout.input_ids.numel():
+        # One-token responses to empty prompts: nothing is predicted, and models do not take rows without tokens.
+        return model.get_input_embeddings().weight[:0], layout.targets, layout.counts
     with shared_prefix(model):
         hidden = _decoder(model)(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, layout=layout
@@ -130,8 +133,8 @@ def _decoder(model: "PreTrainedModel") -> Any:
     return inner.base_model
 
 
-def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], *, dtype: str = "float32") -> tuple[Path, str]:
-    """The path for this model on these groups, proven on the shortest of them, and one line that says why.
+def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple[Path, str]:
+    """The path for this model on these groups, proven on a few rows, and one line that says why.
 
     The shared path is taken when the plain forward, one response at a time, agrees with it. What short rows cannot
     show is read from the configuration: a window of positions that is shorter than the longest of `groups`, and layers
@@ -148,16 +151,29 @@ def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], *, dtype
         window = getattr(config, name, None)
         if used and window and window < longest and getattr(config, "use_sliding_window", True):
             return "padded", f"padded: this model looks at windows of {window} tokens and the longest row has {longest}"
-    probe = sorted(groups, key=lambda group: group.tokens)[:2]
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
-    with torch.no_grad():
-        alone = [TokenGroup(group.prompt_ids, (response,)) for group in probe for response in group.responses]
-        plain = torch.cat([response_logps(model, [one], path="padded", dtype=dtype).sums for one in alone])
-        try:
-            shared = response_logps(model, probe, path="shared", dtype=dtype).sums
-        except (RuntimeError, TypeError, ValueError) as error:
-            return "padded", f"padded: the shared path does not run on this model ({type(error).__name__})"
-    difference = float(((shared - plain).abs() / plain.abs().clamp(min=1.0)).max())
-    if not difference <= tolerance:
+    shortest = min(groups, key=lambda group: group.tokens)
+    try:
+        difference, responses = _disagreement(
+            model, [*_PROBES, TokenGroup(shortest.prompt_ids, shortest.responses[:2])]
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        return "padded", f"padded: the shared path does not run on this model ({type(error).__name__}: {error})"
+    if not difference <= 1e-5:
         return "padded", f"padded: the shared path differs from the plain forward by {difference:.1e} (relative)"
-    return "shared", f"shared prefix, equal to the plain forward to {difference:.0e} on {len(plain)} responses"
+    return "shared", f"shared prefix, equal to the plain forward to {difference:.0e} on {responses} responses"
+
+
+# Rows that show what the shortest rows of real data may not: several branches of several tokens, and a second group.
+_PROBES = (TokenGroup((1, 2, 3, 4), ((5, 6, 7), (4, 3, 2, 1))), TokenGroup((3, 1), ((2, 4), (6, 5, 1))))
+
+
+@torch.no_grad()
+def _disagreement(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple[float, int]:
+    """Largest relative difference of a sum between the shared path and the plain forward, one response at a time.
+
+    Always in float32: bfloat16's rounding is larger than what a wrong mask does to a short row.
+    """
+    alone = [TokenGroup(group.prompt_ids, (response,)) for group in groups for response in group.responses]
+    plain = torch.cat([response_logps(model, [one], path="padded").sums for one in alone])
+    shared = response_logps(model, groups, path="shared").sums
+    return float(((shared - plain).abs() / plain.abs().clamp(min=1.0)).max()), len(alone)

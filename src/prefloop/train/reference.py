@@ -93,7 +93,7 @@ def model_pass(
 ) -> Pass:
     """Log-probabilities of all groups under a model in memory, row by row under the token budget."""
     dtype = choose_dtype(compute, model.device.type)
-    path, why = choose_path(model, groups, dtype=dtype)
+    path, why = choose_path(model, groups)
     stage.event("path", model=name, path=path, why=why)
     finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None
     result = _read_finished(finished)
