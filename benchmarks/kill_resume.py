@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from prefloop.models import cache_folder
+
 SMALL = """
 --k 4 --prompts-per-round 12 --filters.min-valid 2 --sampling.max-new-tokens 64 --look-at.answers 4 --look-at.shown 2
 --start.steps 4 --start.batch-size 2 --start.checkpoint-every 1 --start.validation-pairs 2
@@ -83,9 +85,15 @@ def main() -> None:
 def start(policy: str, out: Path) -> subprocess.Popen[bytes]:
     """The same command each time."""
     command = [sys.executable, "-m", "prefloop.cli", "dice", "--preset", "demo", "--policy", policy, "--out", str(out)]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # A cache of each run's own: one that the other filled would answer instead of the code under test.
+    cache = out.parent / f"{out.name}.cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "models").is_symlink():
+        (cache / "models").symlink_to(cache_folder() / "models")
     with (out.parent / f"{out.name}.log").open("ab") as log:
-        return subprocess.Popen([*command, *SMALL], stdout=log, stderr=log)
+        return subprocess.Popen(
+            [*command, *SMALL], stdout=log, stderr=log, env={**os.environ, "PREFLOOP_CACHE": str(cache)}
+        )
 
 
 def manifest(out: Path) -> dict[str, dict]:

@@ -27,13 +27,14 @@ from prefloop.doctor.estimate import (
 from prefloop.doctor.examine import examine, look_at_path
 from prefloop.doctor.machine import Memory, processor_name, product_rate, system_memory
 from prefloop.doctor.model import outline
-from prefloop.doctor.parity import gradient_difference, plain_sums, value_difference
+from prefloop.doctor.parity import gradient_difference, value_difference
 from prefloop.doctor.report import Report, problems
-from prefloop.errors import InputError
+from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef
 from prefloop.records import Pair
 from prefloop.train.config import Compute, Lora
 from prefloop.train.learner import add_lora
+from prefloop.train.logprobs import plain_sums
 from prefloop.train.packing import TokenGroup
 from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
 
@@ -170,7 +171,7 @@ def test_a_broken_shared_path_is_reported_padded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         attention.Layout, "mask", lambda self, branch, prompt, like: like.new_zeros(branch, prompt + branch)
     )
-    found = look_at_path(llama, GROUPS, "float32", gradients=True)
+    found = look_at_path(llama, GROUPS, gradients=True)
     assert found.path == "padded" and "differs from the plain forward" in found.why
     assert found.value_difference < 1e-5 and (found.gradient_difference or 1) < 1e-3
     # The comparison sees the same fault, in values and in gradients.
@@ -186,7 +187,7 @@ def test_a_windowed_model_is_reported_padded_with_the_reason(windowed: str) -> N
     assert report.problems == () and any("padded path" in note for note in report.notes)
 
 
-def test_a_head_that_the_core_does_not_know_is_a_problem(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_the_core_does_not_know_stops_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import prefloop.doctor.examine as module
 
     load = module.load_model
@@ -197,10 +198,8 @@ def test_a_head_that_the_core_does_not_know_is_a_problem(model: str, monkeypatch
         return loaded
 
     monkeypatch.setattr(module, "load_model", halved)
-    report = look(model)
-    assert report.path and report.path.path == "shared"
-    assert len(report.problems) == 2
-    assert report.problems[0].startswith("the log-probability on the shared path differs from the plain transformers")
+    with pytest.raises(CheckFailed, match="does something to its logits that prefloop does not know"):
+        look(model)
 
 
 def test_prompts_without_room_are_a_problem_and_long_rows_a_note(model: str, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def remove_leftovers(folder: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from tests.parity.families import FAMILIES, GROUPS, small_model
 from tests.parity.plain import assert_float32_parity, core_outcome, plain_outcome
 from transformers import LlamaConfig, PreTrainedModel
 
+from prefloop.errors import CheckFailed
 from prefloop.train.logprobs import Path, choose_path, response_logps, rows
 from prefloop.train.packing import TokenGroup
 
@@ -35,6 +36,14 @@ def counting_its_own_positions(model: PreTrainedModel) -> PreTrainedModel:
 def test_a_model_on_which_the_shared_path_is_wrong_is_found_out(model: PreTrainedModel) -> None:
     path, why = choose_path(counting_its_own_positions(model), GROUPS)
     assert path == "padded" and "differs from the plain forward" in why, why
+
+
+def test_a_head_that_changes_its_logits_stops_the_run(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda _, __, logits: logits / 2)
+    with pytest.raises(CheckFailed, match="does something to its logits that prefloop does not know"):
+        choose_path(model, GROUPS)
 
 
 def test_choosing_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:

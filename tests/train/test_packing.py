@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefloop.train.packing import TokenGroup, pack
+from prefloop.train.packing import TokenGroup, pack, split
 
 
 def test_a_group_counts_its_prompt_once_and_no_last_tokens() -> None:
@@ -33,3 +33,22 @@ def test_what_has_no_log_probability_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="at least one"):
         TokenGroup(prompt, responses)
+
+
+def test_a_group_over_the_budget_is_cut_between_responses() -> None:
+    large = TokenGroup((1, 2, 3), ((4, 5), (6,), (7, 8, 9), (5, 5, 5, 5, 5, 5, 5)))
+    small = TokenGroup((1,), ((2,), (3,)))
+    assert split([large, small], 6, shared=True) == [
+        (0, TokenGroup((1, 2, 3), ((4, 5), (6,), (7, 8, 9)))),
+        (0, TokenGroup((1, 2, 3), ((5, 5, 5, 5, 5, 5, 5),))),
+        (1, small),
+    ]
+    assert [len(piece.responses) for _, piece in split([large, small], 6, shared=False)] == [1] * 6
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 64))
+def test_pieces_hold_every_response_in_order_under_the_budget(lengths: list[int], budget: int) -> None:
+    group = TokenGroup((1, 2), tuple(tuple(range(100 * i, 100 * i + n)) for i, n in enumerate(lengths)))
+    pieces = [piece for _, piece in split([group], budget, shared=True)]
+    assert tuple(response for piece in pieces for response in piece.responses) == group.responses
+    assert all(len(piece.responses) == 1 or piece.tokens <= budget for piece in pieces)

@@ -111,7 +111,7 @@ def measure(report: Report, ref: ModelRef, groups: Sequence[TokenGroup], adapter
     say("comparing with the plain forward")
     full = report.steps[0]
     room = fits(full.weights + 2 * full.gradients, available) is not False
-    found = look_at_path(model, groups, dtype, gradients=room)
+    found = look_at_path(model, groups, gradients=room)
 
     work = Workload.of(groups, report.batch_size, report.tokens_per_forward, found.path)
     row = typical(groups, PASS_TOKENS)
@@ -141,7 +141,7 @@ def measure(report: Report, ref: ModelRef, groups: Sequence[TokenGroup], adapter
     return report.model_copy(update=update)
 
 
-def look_at_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], dtype: str, *, gradients: bool) -> PathFacts:
+def look_at_path(model: "PreTrainedModel", groups: Sequence[TokenGroup], *, gradients: bool) -> PathFacts:
     """The path that training takes on `groups`, and its parity on the shortest of them; `gradients` on one of these."""
     path, why = choose_path(model, groups)
     shortest = sorted(groups, key=lambda group: group.tokens)[:PARITY_ROWS]

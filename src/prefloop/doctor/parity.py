@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from prefloop.train.logprobs import Path, response_logps
+from prefloop.train.logprobs import Path, plain_sums, response_logps
 from prefloop.train.packing import TokenGroup
 
 if TYPE_CHECKING:
@@ -23,17 +22,6 @@ GRADIENT_TOLERANCE = 1e-2
 """Relative float32 differences beyond these are no rounding: a wrong mask or scale shows in the first digits. (The
 plain forward itself is 3e-5 off its float64 values on SmolLM2-135M, where a likely answer has a small sum.)
 """
-
-
-def plain_sums(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> Tensor:
-    """[R] summed log-probabilities in float32, by definition; differentiable. Prompts are not empty."""
-    sums = []
-    for group in groups:
-        for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response]], device=model.device)
-            logps = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
-            sums.append(logps.gather(1, ids[0, len(group.prompt_ids) :, None]).sum())
-    return torch.stack(sums)
 
 
 @torch.no_grad()

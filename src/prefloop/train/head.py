@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prefloop.errors import InputError
 
@@ -44,7 +43,7 @@ def token_logps(
         )
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    # Cohere multiplies the logits, Granite divides them; the start-up parity check covers what is not named here.
+    # Cohere multiplies the logits, Granite divides them; `choose_path` finds out models that do what is not named here.
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
@@ -110,15 +109,15 @@ class _HeadLogps(torch.autograd.Function):
         return target_logits - log_total, entropies
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
         hidden, weight, bias, targets, log_total, target_logits = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         # The first token tile writes every row: no pass of zeros over a vocabulary-sized gradient.
         new = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight = new(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
         for rows, columns in _tiles(len(hidden), len(weight), hidden.device):
             tile_bias = None if bias is None else bias[columns]
             logits = _logits(hidden[rows], weight[columns], tile_bias, ctx.scale, ctx.softcap)
@@ -134,14 +133,14 @@ class _HeadLogps(torch.autograd.Function):
                 else:
                     grad_weight[columns] = product
             if grad_bias is not None:
-                grad_bias[columns] += share.sum(0).to(bias.dtype)
+                grad_bias[columns] += share.sum(0)
         target_share = grad * _inner_gradient(target_logits, ctx.scale, ctx.softcap)
         if needs_hidden:
             grad_hidden += target_share[:, None] * weight.index_select(0, targets).float()
         if grad_weight is not None:
             grad_weight.index_add_(0, targets, (target_share[:, None] * hidden.float()).to(weight.dtype))
         if grad_bias is not None:
-            grad_bias.index_add_(0, targets, target_share.to(bias.dtype))
+            grad_bias.index_add_(0, targets, target_share.to(grad_bias.dtype))
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """The training round: a model folder and pairs with reference log-probabilities in, a trained model folder out.
 
 No reference model is in memory: its log-probabilities come with the pairs, or from the model itself with its adapter
-switched off. Data order is a pure function of
-(seed, step), and a checkpoint holds weights, optimiser and log, so a round that is killed ends in the same bytes.
+switched off. Data order is a pure function of (seed, step), and a checkpoint holds weights, optimiser and log, so a
+round that is killed ends in the same bytes.
 """
 
 import math
@@ -31,6 +31,7 @@ from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.logprobs import Path as LogpsPath
 from prefloop.train.logprobs import choose_path, response_logps, rows
 from prefloop.train.losses import PairLogps, pair_metrics
+from prefloop.train.memory import reused_memory
 from prefloop.train.optim import learning_rate, make_optimizer, unit_step
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass, token_group
@@ -237,6 +238,7 @@ def batch_of_step(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     return chosen
 
 
+@reused_memory()
 def fit(
     policy: ModelRef,
     pairs: Sequence[Pair],

@@ -27,6 +27,24 @@ class TokenGroup:
         return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)
 
 
+def split(groups: Sequence[TokenGroup], token_budget: int, *, shared: bool) -> list[tuple[int, TokenGroup]]:
+    """Groups in pieces, each with the index of its group: of the responses in order, as many as the budget takes.
+
+    `shared`: a piece costs its prompt once; else responses go through the model alone, and each is a piece of its own.
+    """
+    pieces = []
+    for index, group in enumerate(groups):
+        room, taken = 0, []
+        for response in group.responses:
+            if taken and (not shared or len(response) - 1 > room):
+                pieces.append((index, TokenGroup(group.prompt_ids, tuple(taken))))
+                taken = []
+            room = (room if taken else token_budget - len(group.prompt_ids)) - (len(response) - 1)
+            taken.append(response)
+        pieces.append((index, TokenGroup(group.prompt_ids, tuple(taken))))
+    return pieces
+
+
 def pack(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     """Rows of indices whose sizes sum to at most `token_budget`: longest first, each into the fullest row that fits.
 

@@ -30,7 +30,8 @@ from prefloop.run import Stage, environment
 from prefloop.train.checks import check_finite
 from prefloop.train.config import Compute
 from prefloop.train.logprobs import choose_path, response_logps, rows
-from prefloop.train.packing import TokenGroup
+from prefloop.train.memory import reused_memory
+from prefloop.train.packing import TokenGroup, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,28 +89,36 @@ def loaded_pass(groups: Sequence[TokenGroup], ref: ModelRef, *, compute: Compute
     return model_pass(groups, model, ref.name, compute=compute, part=part, stage=stage)
 
 
+@reused_memory()
 def model_pass(
     groups: Sequence[TokenGroup], model: "PreTrainedModel", name: str, *, compute: Compute, part: str, stage: Stage
 ) -> Pass:
-    """Log-probabilities of all groups under a model in memory, row by row under the token budget."""
+    """Log-probabilities of all groups under a model in memory, row by row under the token budget.
+
+    A group that is larger than the budget goes through in pieces, its prompt with each.
+    """
     dtype = choose_dtype(compute, model.device.type)
     path, why = choose_path(model, groups)
     stage.event("path", model=name, path=path, why=why)
+    owners, pieces = zip(*split(groups, compute.tokens_per_forward, shared=path == "shared"), strict=True)
     finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None
     result = _read_finished(finished)
-    with stage.progress(len(groups), unit="prompts", description=f"log-probabilities under {name}") as advance:
+    with stage.progress(len(pieces), unit="groups", description=f"log-probabilities under {name}") as advance:
         advance(len(result))
-        for row in rows(groups, compute.tokens_per_forward, path=path):
+        for row in rows(pieces, compute.tokens_per_forward, path=path):
             if all(index in result for index in row):
                 continue
             with torch.no_grad():
-                flat = response_logps(model, [groups[i] for i in row], path=path, dtype=dtype).sums.tolist()
+                flat = response_logps(model, [pieces[i] for i in row], path=path, dtype=dtype).sums.tolist()
             values = iter(flat)
-            computed = {index: [next(values) for _ in groups[index].responses] for index in row}
+            computed = {index: [next(values) for _ in pieces[index].responses] for index in row}
             _append(finished, computed)
             result.update(computed)
             advance(len(row))
-    return Pass([result[index] for index in range(len(groups))], path, why)
+    sums: list[list[float]] = [[] for _ in groups]
+    for index, owner in enumerate(owners):
+        sums[owner] += result[index]
+    return Pass(sums, path, why)
 
 
 def _append(file: Path | None, computed: dict[int, list[float]]) -> None:
