@@ -1,18 +1,20 @@
 """One epoch of DPO, ours against TRL's `DPOTrainer`: pairs per second, peak memory, and the same losses.
 
+    pip install -c constraints.txt -e '.[all,bench]'
     python benchmarks/train_step.py --opponent trl [--quick] [--dtype bfloat16] [--only multi_turn]
 
 Both train the same model on the same token ids in the same order with the same AdamW, clipping, beta and batch. Each
 side is a process of its own; they take turns, step by step, so that a noisy machine is noisy for both. Both pay for
-their reference log-probabilities before the first step. Not counted: imports, loading, tokenisation, the first step of
-each (warm-up; its share of the reference pass is counted).
+their reference log-probabilities before the first step. Not counted: imports, loading, tokenisation, and the first step
+of each (warm-up) with its pairs' share of the reference pass.
 
-TRL runs at its fastest of the variants in `TRL_VARIANTS` (tried first on the workload's own first steps), without
-gradient checkpointing. Under `dice` is the same epoch without our reference pass: there scoring has already paid.
+TRL runs in several variants (`--variants`; all without gradient checkpointing), each a side of its own; the headline
+ratios are those to the fastest, whatever its memory. Under `dice` is the same epoch without our reference pass: there
+scoring has already paid. In the time of the reference pass, ours also loads its model and TRL builds its trainer.
 
 The program stops if the two sides' losses differ by more than 1e-3 (float32; 2e-2 in bfloat16) on a step.
 `matmul_fraction` is the rate of the operations that the log-probabilities need at least, over the rate of this
-machine's matrix products with the model's own shapes, measured between the steps. Prints, last, one line of JSON.
+machine's matrix products with the model's own shapes, measured at the end. Prints, last, one line of JSON.
 """
 
 import argparse
@@ -32,10 +34,10 @@ LEARNING_RATE = 1e-6
 BETA = 0.1
 # Pairs per forward x accumulation, and where the reference log-probabilities come from.
 TRL_VARIANTS = {
-    "4 pairs a forward, precomputed": {"micro": 4, "precompute": True},
-    "4 pairs a forward, reference model": {"micro": 4, "precompute": False},
-    "2 pairs a forward, precomputed": {"micro": 2, "precompute": True},
-    "1 pair a forward, precomputed": {"micro": 1, "precompute": True},
+    "4-precomputed": {"micro": 4, "precompute": True},
+    "4-reference-model": {"micro": 4, "precompute": False},
+    "2-precomputed": {"micro": 2, "precompute": True},
+    "1-precomputed": {"micro": 1, "precompute": True},
 }
 
 
@@ -60,10 +62,13 @@ def ours(job: Job, turn: Connection) -> None:
     from prefloop.train.config import Compute, Train
     from prefloop.train.learner import Learner
     from prefloop.train.losses import dpo
+    from prefloop.train.memory import reused_memory
     from prefloop.train.reference import token_group, with_reference_logps
     from workloads import WORKLOADS, as_pairs, make_items, matmul_rate, model_flops, peak_memory
 
     ref = resolve(job.model)
+    # No earlier run of this program answers for the reference pass.
+    os.environ["PREFLOOP_CACHE"] = tempfile.mkdtemp()
     chat = ChatFormat(load_tokenizer(ref))
     pairs = as_pairs(make_items(WORKLOADS[job.workload], chat, job.pairs, responses=2, seed=job.seed))
     compute = Compute(device="cpu", dtype=job.dtype, tokens_per_forward=job.tokens_per_forward)
@@ -75,9 +80,10 @@ def ours(job: Job, turn: Connection) -> None:
         pairs[:] = with_reference_logps(pairs, ref, compute=compute)
 
     timed(turn, reference_pass)
-    for step in range(job.pairs // BATCH):
-        batch = pairs[step * BATCH : (step + 1) * BATCH]
-        timed(turn, lambda step=step, batch=batch: learner.step(batch, step)["loss"])
+    with reused_memory():  # as `fit` does
+        for step in range(job.pairs // BATCH):
+            batch = pairs[step * BATCH : (step + 1) * BATCH]
+            timed(turn, lambda step=step, batch=batch: learner.step(batch, step)["loss"])
     groups = [token_group(chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
     peak = peak_memory()
     turn.recv()
@@ -143,9 +149,8 @@ def trl(job: Job, turn: Connection) -> None:
                 turn.recv()
                 self.started = time.perf_counter()
 
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(ref.path, dtype=torch.float32)
-
+    model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=torch.float32)
+    data = Dataset.from_list(rows)
     report(turn, "ready")
     turn.recv()
     start = time.perf_counter()
@@ -173,7 +178,7 @@ def trl(job: Job, turn: Connection) -> None:
             seed=0,
         )
         trainer = OnIds(
-            model=load(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            model=model, args=config, train_dataset=data, processing_class=tokenizer,
             callbacks=[Turns()],
         )  # fmt: skip
         turn.send((time.perf_counter() - start, 0.0))
@@ -195,54 +200,55 @@ def race(job: Job, sides: Sequence[Side]) -> tuple[list[list[float]], list[list[
     return seconds, [column[1:] for column in losses]
 
 
-def compare(job: Job, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one workload."""
-    name = fastest_variant(job, variants) if len(variants) > 1 else next(iter(variants))
-    sides = [Side(ours, job), Side(trl, job._replace(variant=variants[name]))]
-    print(f"{job.workload} {job.dtype}: ours: {sides[0].why}; TRL: {name}", flush=True)
-    (our_seconds, their_seconds), (our_losses, their_losses) = race(job, sides)
-    for step, (a, b) in enumerate(zip(our_losses, their_losses, strict=True)):
-        print(
-            f"  step {step + 1}: ours {our_seconds[step + 1]:6.2f} s, loss {a:.6f}; "
-            f"TRL {their_seconds[step + 1]:6.2f} s, loss {b:.6f}",
-            flush=True,
-        )
+def compare(job: Job, variants: Sequence[str]) -> dict[str, Any]:
+    """The figures of one workload: the headline ratios are those to the fastest variant."""
+    sides = [Side(ours, job), *(Side(trl, job._replace(variant=TRL_VARIANTS[name])) for name in variants)]
+    print(f"{job.workload} {job.dtype}: {sides[0].why}", flush=True)
+    seconds, losses = race(job, sides)
+    for step, row in enumerate(zip(*losses, strict=True)):
+        taken = ", ".join(f"{column[step + 1]:.2f} s" for column in seconds)
+        print(f"  step {step + 1}: ours, {', '.join(variants)}: {taken}; losses {row}", flush=True)
         allowed = 1e-3 if job.dtype == "float32" else 2e-2
-        if abs(a - b) > allowed:
-            raise SystemExit(f"losses of step {step + 1} differ by {abs(a - b):.2e}, more than {allowed}")
-    us, them = (side.finish() for side in sides)
-    steps = len(our_losses) - 1
-    # The warm-up step is left out on both sides, and its pairs' share of the reference pass stays in.
-    ours_alone, theirs_alone = sum(our_seconds[2:]), sum(their_seconds[2:])
+        if max(row) - min(row) > allowed:
+            raise SystemExit(f"losses of step {step + 1} differ by {max(row) - min(row):.2e}, more than {allowed}")
+    us, *them = (side.finish() for side in sides)
+    # The first step is warm-up on every side; its pairs' share of the reference pass is left out with it.
+    steps = len(losses[0])
+    references = [column[0] * (steps - 1) / steps for column in seconds]
+    training = [sum(column[2:]) for column in seconds]
+    totals = [reference + step for reference, step in zip(references, training, strict=True)]
     flops = us["flops"] - us["first_flops"]
-    ours_total, theirs_total = our_seconds[0] + ours_alone, their_seconds[0] + theirs_alone
+    reference_flops = us["reference_flops"] * (steps - 1) / steps
+    opponents = {
+        name: {
+            "speed_ratio": total / totals[0],
+            "memory_ratio": us["peak"] / side["peak"],
+            "dice_speed_ratio": total / training[0],
+            "reference_s": reference,
+            "steps_s": step,
+            "peak_gb": side["peak"] / 1e9,
+        }
+        for name, side, total, reference, step in zip(
+            variants, them, totals[1:], references[1:], training[1:], strict=True
+        )
+    }
+    fastest = min(opponents, key=lambda name: opponents[name]["speed_ratio"])
     return {
-        "speed_ratio": theirs_total / ours_total,
-        "memory_ratio": us["peak"] / them["peak"],
-        "matmul_fraction": (flops + us["reference_flops"]) / ours_total / us["matmul_rate"],
-        "pairs_per_second": steps * BATCH / ours_total,
-        "opponent": name,
-        "seconds": {"reference": [our_seconds[0], their_seconds[0]], "steps": [ours_alone, theirs_alone]},
-        "peak_gb": [us["peak"] / 1e9, them["peak"] / 1e9],
+        "speed_ratio": opponents[fastest]["speed_ratio"],
+        "memory_ratio": opponents[fastest]["memory_ratio"],
+        "matmul_fraction": (flops + reference_flops) / totals[0] / us["matmul_rate"],
+        "pairs_per_second": (steps - 1) * BATCH / totals[0],
+        "reference_s": references[0],
+        "steps_s": training[0],
+        "peak_gb": us["peak"] / 1e9,
         "matmul_gflops": us["matmul_rate"] / 1e9,
+        "fastest_opponent": fastest,
+        "opponents": opponents,
         "dice": {
-            "speed_ratio": theirs_total / ours_alone,
-            "matmul_fraction": flops / ours_alone / us["matmul_rate"],
+            "speed_ratio": opponents[fastest]["dice_speed_ratio"],
+            "matmul_fraction": flops / training[0] / us["matmul_rate"],
         },
     }
-
-
-def fastest_variant(job: Job, variants: dict[str, dict[str, Any]]) -> str:
-    """TRL's variants on the first steps of the workload, each in its own process; the quickest total wins."""
-    totals = {}
-    short = job._replace(pairs=min(job.pairs, 3 * BATCH))
-    for name, variant in variants.items():
-        side = Side(trl, short._replace(variant=variant))
-        (seconds,), _ = race(short, [side])
-        peak = side.finish()["peak"]
-        totals[name] = seconds[0] + sum(seconds[2:])
-        print(f"{job.workload} {job.dtype}: TRL, {name}: {totals[name]:.1f} s, {peak / 1e9:.1f} GB", flush=True)
-    return min(totals, key=lambda name: totals[name])
 
 
 def main() -> None:
@@ -251,14 +257,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", choices=NAMES)
-    parser.add_argument("--quick", action="store_true", help="3 steps a workload, TRL's usually fastest variant only")
+    parser.add_argument("--quick", action="store_true", help="3 steps a workload, two of TRL's variants")
+    parser.add_argument("--variants", nargs="+", choices=list(TRL_VARIANTS), default=list(TRL_VARIANTS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens-per-forward", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     steps = 3 if args.quick else args.steps
-    variants = dict(list(TRL_VARIANTS.items())[:1]) if args.quick else TRL_VARIANTS
+    variants = ["4-precomputed", "1-precomputed"] if args.quick else args.variants
     result = {}
     for workload in [args.only] if args.only else NAMES:
         job = Job(args.model, workload, args.dtype, steps * BATCH, args.seed, args.tokens_per_forward, {})

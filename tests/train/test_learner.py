@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -121,6 +122,33 @@ def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) 
     for name, weight in fresh.trained:
         assert weight.grad is not None
         assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch's own tracing
+def test_compiled_layers_have_the_same_gradients(policy: ModelRef, pairs: list[Pair]) -> None:
+    plain, compiled = new_learner(policy, pairs), new_learner(policy, pairs, TRAIN.replace(compile=True))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for learner in (plain, compiled):
+        learner.step(pairs[:3], 0)
+    assert counters["stats"]["unique_graphs"] > 0
+    for name, gradient in gradients(plain).items():
+        assert float((gradients(compiled)[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+
+
+def test_compiling_and_recomputing_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="choose one"):
+        Train(compile=True, gradient_checkpointing=True)
+
+
+def test_a_pair_longer_than_the_window_takes_the_padded_path(policy: ModelRef, pairs: list[Pair]) -> None:
+    learner = new_learner(policy, pairs[:1])
+    assert learner.path == "shared"
+    learner.model.config.sliding_window = 40
+    long = Response(text="x" * 60, token_ids=(*range(5, 65),), finish_reason="length")
+    learner._groups([pairs[0].model_copy(update={"chosen": long})])
+    assert learner.path == "padded" and "windows of 40 tokens" in learner.why
 
 
 def test_training_raises_chosen_over_rejected(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
@@ -342,7 +370,7 @@ def test_a_model_whose_layers_cannot_be_computed_again_is_refused() -> None:
 
     model = Own(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                             num_attention_heads=1))  # fmt: skip
-    with pytest.raises(InputError, match="gradient_checkpointing = True: Own has no layers that transformers can"):
+    with pytest.raises(InputError, match="gradient_checkpointing = True: transformers marks no layers of Own"):
         recompute_activations(model)
 
 

@@ -116,3 +116,12 @@ def test_padded_rows_count_every_response_at_the_width_of_the_widest() -> None:
     # Responses x longest row: 1 x 7, 2 x 3, 5 x 16, 16 x 18, 3 x 5; narrow groups first.
     assert rows(GROUPS, 42, path="padded") == [[1, 4, 0], [2], [3]]
     assert rows(GROUPS, 41, path="padded") == [[1, 4], [0], [2], [3]]
+
+
+def test_rotations_that_follow_the_longest_row_are_not_shared(model: PreTrainedModel) -> None:
+    longest = max(len(group.prompt_ids) + len(response) for group in GROUPS for response in group.responses)
+    model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": longest - 1}
+    path, why = choose_path(model, GROUPS)
+    assert path == "padded" and f"beyond {longest - 1} tokens" in why
+    model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": longest}
+    assert choose_path(model, GROUPS)[0] == "shared"

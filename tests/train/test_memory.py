@@ -33,6 +33,15 @@ def test_inside_freed_blocks_cost_no_faults_again() -> None:
         assert min(faults() for _ in range(5)) < pages / 50
 
 
+def test_an_inner_use_does_not_end_the_outer_one() -> None:
+    pages = BLOCKS * MEGABYTES * 2**20 // resource.getpagesize()
+    with reused_memory():
+        faults()
+        with reused_memory():
+            pass
+        assert min(faults() for _ in range(5)) < pages / 50
+
+
 def test_outside_memory_goes_back_to_the_system() -> None:
     before = resident()
     with reused_memory():

@@ -117,6 +117,8 @@ class Layout:
         return self._block_mask
 
 
+# Compiled models call it as it is: its calls follow the groups of the row, and each row has others.
+@torch.compiler.disable
 def shared_prefix_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -1,8 +1,8 @@
 """Options of scoring and training. Imports no torch, so that the command line can show them at once."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.config import Config
 
@@ -51,7 +51,18 @@ class Train(Config):
     gradient_checkpointing: bool = Field(
         default=False, description="keep each layer's input only and compute the layer again in the backward pass"
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of the layers (on a CPU it needs a C++ compiler): half a minute at the start, then "
+        "steps a tenth faster in float32 on two cores",
+    )
     validation_pairs: int = Field(default=576, ge=0, description="pairs of a round held out to watch (DICE: 576)")
     validate_every: int = Field(default=50, ge=1, description="steps between looks at the validation pairs")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
     lora: Lora = Field(default_factory=Lora)
+
+    @model_validator(mode="after")
+    def _compile_or_recompute(self) -> Self:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile = True with gradient_checkpointing = True is not supported; choose one")
+        return self

@@ -99,11 +99,9 @@ class _HeadLogps(torch.autograd.Function):
                 mean_logit[rows] = mean_logit[rows] * (before - after).exp() + tile_mean * (tile_total - after).exp()
             log_total[rows] = after
             # From the same tile, so that its rounding is also the total's: log p of a sure token stays at most 0.
-            place = targets[rows, None] - columns.start
-            inside = (place >= 0) & (place < logits.shape[1])
-            found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)).masked_fill_(~inside, 0.0)
-            target_logits[rows] += found[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, targets, log_total, target_logits)
+            place, inside = _places(targets[rows], columns, len(weight))
+            target_logits[rows] += (logits.gather(1, place) * inside)[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_total)
         entropies = log_total - mean_logit
         ctx.mark_non_differentiable(entropies)
         return target_logits - log_total, entropies
@@ -111,7 +109,7 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
-        hidden, weight, bias, targets, log_total, target_logits = ctx.saved_tensors
+        hidden, weight, bias, targets, log_total = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         # The first token tile writes every row: no pass of zeros over a vocabulary-sized gradient.
@@ -123,6 +121,9 @@ class _HeadLogps(torch.autograd.Function):
             logits = _logits(hidden[rows], weight[columns], tile_bias, ctx.scale, ctx.softcap)
             inner = _inner_gradient(logits, ctx.scale, ctx.softcap)
             share = logits.sub_(log_total[rows, None]).exp_().mul_(-grad[rows, None])
+            # The target's part before any rounding: of a sure token, 1 - p is what is left of two large numbers.
+            place, inside = _places(targets[rows], columns, len(weight))
+            share.scatter_add_(1, place, grad[rows, None] * inside)
             share = share.mul_(inner) if isinstance(inner, Tensor) or inner != 1.0 else share
             if needs_hidden:
                 grad_hidden[rows] += _float32_product(share, weight[columns], hidden.dtype)
@@ -134,14 +135,14 @@ class _HeadLogps(torch.autograd.Function):
                     grad_weight[columns] = product
             if grad_bias is not None:
                 grad_bias[columns] += share.sum(0)
-        target_share = grad * _inner_gradient(target_logits, ctx.scale, ctx.softcap)
-        if needs_hidden:
-            grad_hidden += target_share[:, None] * weight.index_select(0, targets).float()
-        if grad_weight is not None:
-            grad_weight.index_add_(0, targets, (target_share[:, None] * hidden.float()).to(weight.dtype))
-        if grad_bias is not None:
-            grad_bias.index_add_(0, targets, target_share.to(grad_bias.dtype))
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _places(targets: Tensor, columns: slice, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """[T, 1] column of each target in the tile (any, where it is in another tile), and whether it is in this one."""
+    place = targets[:, None] - columns.start
+    width = min(columns.stop, vocabulary) - columns.start
+    return place.clamp(0, width - 1), (place >= 0) & (place < width)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

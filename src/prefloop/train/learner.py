@@ -6,6 +6,8 @@ round that is killed ends in the same bytes.
 """
 
 import math
+import os
+import shutil
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +31,7 @@ from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
 from prefloop.train.checks import check_finite, check_gradients, check_movement, check_pairs, check_zero_margin
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.logprobs import Path as LogpsPath
-from prefloop.train.logprobs import choose_path, response_logps, rows
+from prefloop.train.logprobs import choose_path, config_obstacle, response_logps, rows
 from prefloop.train.losses import PairLogps, pair_metrics
 from prefloop.train.memory import reused_memory
 from prefloop.train.optim import learning_rate, make_optimizer, unit_step
@@ -79,6 +81,8 @@ class Learner:
         self.unmoved = dict(self.trained)
         self.path: LogpsPath
         self.path, self.why = choose_path(self.model, list(self.known.values()))
+        if config.compile:
+            compile_layers(self.model)
 
     def tokenise(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
         """The token ids of pairs, checked (`check_pairs`)."""
@@ -88,7 +92,12 @@ class Learner:
 
     def _groups(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
         new = [pair for pair in pairs if _content(pair) not in self.known]
-        known = ChainMap(dict(zip(map(_content, new), self.tokenise(new), strict=True)) if new else {}, self.known)
+        groups = dict(zip(map(_content, new), self.tokenise(new), strict=True)) if new else {}
+        if groups and self.path == "shared":
+            # What is proven of a model stays so; what its configuration says of long rows depends on the rows.
+            obstacle = config_obstacle(self.model, list(groups.values()))
+            self.path, self.why = ("padded", obstacle) if obstacle else (self.path, self.why)
+        known = ChainMap(groups, self.known)
         return [known[_content(pair)] for pair in pairs]
 
     def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
@@ -200,6 +209,30 @@ def _content(pair: Pair) -> tuple[Prompt, Response, Response]:
     return pair.prompt, pair.chosen, pair.rejected
 
 
+def compile_layers(model: "PreTrainedModel") -> None:
+    """torch.compile of every layer that transformers marks, for rows of any length; attention stays as it is.
+
+    All layers share their code, so one compilation serves them. Raises InputError for a model without such layers, or
+    on a CPU without a C++ compiler.
+    """
+    if model.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise InputError("train.compile = True needs a C++ compiler on a CPU, and neither g++ nor clang++ was found")
+    for layer in _marked_layers(model, "train.compile"):
+        layer.compile(dynamic=True)
+
+
+def _marked_layers(model: "PreTrainedModel", option: str) -> "Sequence[torch.nn.Module]":
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"{option} = True: transformers marks no layers of {type(model).__name__} that could be taken one by one; "
+            "leave it out, and lower compute.tokens_per_forward to save memory"
+        )
+    return layers
+
+
 def recompute_activations(model: "PreTrainedModel") -> None:
     """Gradient checkpointing: every layer keeps its input alone, and the backward pass computes the layer again.
 
@@ -207,15 +240,7 @@ def recompute_activations(model: "PreTrainedModel") -> None:
     So the layers that transformers marks for it are wrapped here, and stay in evaluation mode.
     Raises InputError for a model without such layers.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers or not model.supports_gradient_checkpointing:
-        raise InputError(
-            f"train.gradient_checkpointing = True: {type(model).__name__} has no layers that transformers can compute "
-            "again; leave it out, and lower compute.tokens_per_forward to save memory"
-        )
-    for layer in layers:
+    for layer in _marked_layers(model, "train.gradient_checkpointing"):
         # Nothing random happens in evaluation mode, so no generator's state is kept for the second time.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 

@@ -142,17 +142,9 @@ def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple
     that carry a state, take the padded path without trial. Raises CheckFailed when the output head does something to
     the logits that neither path knows.
     """
-    config = model.config.get_text_config()
-    longest = _width(groups)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    stateful = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if stateful:
-        return "padded", f"padded: this model has layers of the kinds {', '.join(sorted(stateful))}"
-    used = kinds & {"sliding_attention", "chunked_attention"} or not getattr(config, "layer_types", None)
-    for name in ("sliding_window", "attention_chunk_size"):
-        window = getattr(config, name, None)
-        if used and window and window < longest and getattr(config, "use_sliding_window", True):
-            return "padded", f"padded: this model looks at windows of {window} tokens and the longest row has {longest}"
+    obstacle = config_obstacle(model, groups)
+    if obstacle:
+        return "padded", obstacle
     _check_head(model)
     shortest = min(groups, key=lambda group: group.tokens)
     try:
@@ -164,6 +156,28 @@ def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple
     if not difference <= 1e-5:
         return "padded", f"padded: the shared path differs from the plain forward by {difference:.1e} (relative)"
     return "shared", f"shared prefix, equal to the plain forward to {difference:.0e} on {responses} responses"
+
+
+def config_obstacle(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> str | None:
+    """Why the configuration keeps these groups from sharing a row, or None."""
+    config = model.config.get_text_config()
+    longest = _width(groups)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    stateful = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if stateful:
+        return f"padded: this model has layers of the kinds {', '.join(sorted(stateful))}"
+    used = kinds & {"sliding_attention", "chunked_attention"} or not getattr(config, "layer_types", None)
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if used and window and window < longest and getattr(config, "use_sliding_window", True):
+            return f"padded: this model looks at windows of {window} tokens and the longest row has {longest}"
+    # Rotations that follow the longest position of the row: a long group would change its row mates' numbers.
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        trained = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+        if rope.get("rope_type") in ("dynamic", "longrope") and trained < longest:
+            return f"padded: rotary positions change beyond {trained} tokens and the longest row has {longest}"
+    return None
 
 
 # Rows that show what the shortest rows of real data may not: several branches of several tokens, and a second group.

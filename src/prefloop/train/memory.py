@@ -14,6 +14,8 @@ from contextlib import contextmanager
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 2**25
 
+_depth = 0  # a reference pass inside training must not end what training began
+
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
@@ -25,12 +27,16 @@ def reused_memory() -> Iterator[None]:
     if platform.libc_ver()[0] != "glibc":
         yield
         return
+    global _depth
     libc = ctypes.CDLL(None)
+    _depth += 1
     libc.mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:
+        _depth -= 1
         # Not the initial value: once set, glibc no longer adapts it, and this is where adapting ends.
-        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-        libc.malloc_trim(0)
+        if _depth == 0:
+            libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+            libc.malloc_trim(0)

@@ -205,8 +205,8 @@ def _report(stage: Stage, n: int, source: str, why: str) -> None:
 
 
 def cache_key(groups: Sequence[TokenGroup], ref: ModelRef, compute: Compute) -> str:
-    """A hash of all that decides the result of a pass to the last bit: token ids, model, precision, budget, definition,
-    machine and library versions.
+    """A hash of what decides the result of a pass: token ids, model, precision, budget, definition, kind of device and
+    library versions. On one machine, the result to the last bit.
 
     The path (shared or padded) is a function of these, so it is stored with the result: it is known only once a model
     is loaded. The model counts with its configuration, which decides the numbers as much as the weights do.
