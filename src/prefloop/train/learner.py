@@ -8,6 +8,7 @@ round that is killed ends in the same bytes.
 import math
 import os
 import shutil
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -196,12 +197,13 @@ def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
     """`model` with trainable low-rank adapters on its linear layers and everything else frozen."""
     peft = require_peft()
     torch.manual_seed(derive_seed(seed, "lora"))
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    ).eval()
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        # peft asks transformers under a name that transformers deprecates: nothing that our user could change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, settings).eval()
 
 
 def _content(pair: Pair) -> tuple[Prompt, Response, Response]:
