@@ -7,6 +7,7 @@ exactly (float32), into a cache folder; everything after that is plain `from_pre
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -184,8 +185,17 @@ def _bare(path: Path) -> ModelRef:
     return ModelRef(name=str(path), path=path, fingerprint="", weights="")
 
 
+def quiet_bitsandbytes() -> None:
+    """Called before an import of bitsandbytes (peft imports it where it is installed).
+
+    On a CPU it warns that a kernel for 4-bit weights is missing, which nothing here uses.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def require_peft() -> Any:
     """The peft module, or an InputError with the command that installs it."""
+    quiet_bitsandbytes()
     try:
         import peft
     except ImportError:

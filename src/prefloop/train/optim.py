@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloop.errors import InputError
+from prefloop.models import quiet_bitsandbytes
 from prefloop.train.config import Train
 
 ADAM_EPSILON = 1e-8
@@ -49,6 +50,7 @@ def make_optimizer(config: Train, weights: Sequence[Tensor]) -> torch.optim.Opti
         return torch.optim.AdamW(weights, **adam, fused=device != "mps")
     if device not in ("cpu", "cuda"):
         raise InputError(f"train.optimizer = 'adamw-8bit' runs on cpu and cuda, not on {device}; choose adafactor")
+    quiet_bitsandbytes()
     try:
         bitsandbytes: Any = importlib.import_module("bitsandbytes.optim")
     except ImportError:
