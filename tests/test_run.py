@@ -485,7 +485,7 @@ def odd_records() -> list[Response]:
     line_separator, surrogate_pair = chr(0x2028), chr(0x1F600)
     return [
         Response(text=f"a{line_separator}b\r\n\x85{surrogate_pair}", score=0.1 + 0.2, token_ids=(1, 2)),
-        Response(text="", score=5e-324, sampling_logp=-1.7976931348623157e308),
+        Response(text="", score=5e-324, sampling_logps=(-1.7976931348623157e308, -0.1)),
         Response(text="none", score=None, failure="the scorer gave none"),
     ]
 

@@ -11,12 +11,13 @@ with any tool, and equal records have equal bytes.
 
 import hashlib
 import json
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "given"]
-"""Why a response ends: it produced an end token, it hit the new-token limit, or it came whole from a file."""
+"""Why a response ends: an end token or a stop string, the new-token limit, or it came whole from a file."""
 
 
 class Record(BaseModel):
@@ -66,15 +67,17 @@ def content_id(messages: tuple[Message, ...]) -> str:
 class Response(Record):
     """One answer to a prompt.
 
-    `token_ids` are the ids that were sampled and they are what is scored and trained on; they include the end token
-    exactly when `finish_reason` is not "length". Text from a file has none until it is tokenised for a model.
-    All log-probabilities are natural logarithms summed over `token_ids`, at temperature 1.
+    `token_ids` are the ids that were sampled and they are what is scored and trained on; they include what ended the
+    response: its end token, or the tokens of a stop string. Text from a file has none until it is tokenised.
+    All log-probabilities are natural logarithms at temperature 1; those named `_logp` are summed over `token_ids`.
     """
 
     text: str
     token_ids: tuple[int, ...] | None = None
     finish_reason: FinishReason = "given"
-    sampling_logp: float | None = Field(default=None, description="under the sampler, before temperature and top-p")
+    sampling_logps: tuple[float, ...] | None = Field(
+        default=None, description="of every token under the sampler, before temperature and truncation"
+    )
     policy_logp: float | None = Field(default=None, description="log pi(t-1), the numerator of the implicit reward")
     reference_logp: float | None = Field(default=None, description="log pi(t-2), the denominator")
     score: float | None = Field(default=None, description="higher is better; None with `failure` when unusable")
@@ -91,6 +94,11 @@ class Response(Record):
         if self.token_ids is None:
             raise ValueError("this response has no token ids yet; tokenise it with ChatFormat.with_token_ids")
         return len(self.token_ids)
+
+    @property
+    def sampling_logp(self) -> float | None:
+        """The sum of `sampling_logps`; None when the sampler gave none."""
+        return None if self.sampling_logps is None else math.fsum(self.sampling_logps)
 
 
 class Group(Record):

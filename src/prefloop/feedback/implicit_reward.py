@@ -8,17 +8,10 @@ a length coefficient found on this score says so (`beta_inside=False`). Multiply
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from prefloop.errors import CheckFailed
 from prefloop.models import ModelRef
-from prefloop.records import Group, Response
+from prefloop.records import Group
 from prefloop.run import Stage
 from prefloop.train.config import Compute
-
-# Mean gap per token, in nats, between the sampler's and the trainer's log-probability of the sampled ids. A working
-# bfloat16 sampler was seen at 0.03; a wrong temperature, template or checkpoint gives several tenths.
-SAMPLER_TOLERANCE = 0.15
 
 
 def implicit_reward(
@@ -31,15 +24,13 @@ def implicit_reward(
 ) -> list[Group]:
     """The groups with `policy_logp`, `reference_logp` and `score` on every response.
 
-    One model is in memory at a time. Raises CheckFailed when the sampler's own log-probabilities, where it gave any,
-    show that it did not sample from `policy`.
+    One model is in memory at a time. That `policy` sampled the answers was checked when it did (sample/handover.py).
     """
     from prefloop.train.reference import logps_under
 
     stage = stage or Stage.detached()
     items = [(group.prompt, group.responses) for group in groups]
     policy_logps = logps_under(policy, items, compute=compute, part="policy", stage=stage)
-    _check_sampler(groups, policy_logps, policy, stage)
     reference_logps = logps_under(reference, items, compute=compute, part="reference", stage=stage)
     scored = []
     for group, ours, theirs in zip(groups, policy_logps, reference_logps, strict=True):
@@ -49,28 +40,3 @@ def implicit_reward(
         )
         scored.append(group.model_copy(update={"responses": responses}))
     return scored
-
-
-def _check_sampler(groups: Sequence[Group], logps: list[list[float]], policy: ModelRef, stage: Stage) -> None:
-    pairs = [
-        (response, logp)
-        for group, row in zip(groups, logps, strict=True)
-        for response, logp in zip(group.responses, row, strict=True)
-        if response.sampling_logp is not None
-    ]
-    if not pairs:
-        return
-    gaps = np.array([abs(_sampling_logp(response) - logp) / response.length_tokens for response, logp in pairs])
-    mean, p99 = float(gaps.mean()), float(np.quantile(gaps, 0.99))
-    stage.event("sampler_gap", mean_per_token=mean, p99_per_token=p99, responses=len(pairs))
-    if mean > SAMPLER_TOLERANCE:
-        raise CheckFailed(
-            f"the sampler's log-probabilities differ from those of {policy.name} by {mean:.3f} nats a token on average "
-            f"(at most {SAMPLER_TOLERANCE} expected): the answers were not sampled from this model and "
-            "chat template; sample again, or score with the model that sampled"
-        )
-
-
-def _sampling_logp(response: Response) -> float:
-    assert response.sampling_logp is not None
-    return response.sampling_logp

@@ -95,7 +95,7 @@ def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
     check_room([group.prompt for group in groups], model, 1)
 
     def own(response: Response) -> Response:
-        return own_ids(chat, response).model_copy(update={"sampling_logp": None})
+        return own_ids(chat, response).model_copy(update={"sampling_logps": None})
 
     return [
         group.model_copy(update={"responses": tuple(own(response) for response in group.responses)}) for group in groups

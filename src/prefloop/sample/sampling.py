@@ -43,6 +43,20 @@ class Sampling(Config):
         default=256, ge=1, description="tokens an answer may have, its end token counted (DICE: 2048)"
     )
 
+    stop: tuple[str, ...] = Field(
+        default=(), description="texts that end an answer; the answer keeps them, as its token ids do"
+    )
+    stop_token_ids: tuple[int, ...] = Field(
+        default=(), description="ids that end an answer besides the model's own end tokens; the answer keeps them"
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_text(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("stop = '': expected texts of at least one character; leave the empty one out")
+        return stop
+
     @field_validator("temperature")
     @classmethod
     def _greedy_is_zero(cls, temperature: float) -> float:
@@ -53,6 +67,19 @@ class Sampling(Config):
         return temperature
 
     @property
+    def truncations(self) -> list[str]:
+        """The names of the truncations in force."""
+        return [
+            name
+            for name, on in (
+                ("top_k", self.top_k is not None),
+                ("top_p", self.top_p < 1),
+                ("min_p", self.min_p is not None),
+            )
+            if on
+        ]
+
+    @property
     def truncates(self) -> bool:
         """True when some tokens may be left out of the draw."""
-        return self.top_p < 1 or self.top_k is not None or self.min_p is not None
+        return bool(self.truncations)
