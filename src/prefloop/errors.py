@@ -3,7 +3,9 @@
     PrefloopError               anything that a run reports in one line; the command line exits with status 2
     ├── InputError              what the user gave cannot be used (also a ValueError)
     ├── CheckFailed             a truth that a run checks about itself does not hold
-    └── EngineError             a sampling engine failed or died
+    ├── EngineError             a sampling engine failed or died
+    └── FeedbackError           an annotator failed for good
+        └── BudgetReached       the calls or the money that the user allowed are used up
 
 Messages name the value, what was expected, and the fix.
 """
@@ -23,6 +25,14 @@ class CheckFailed(PrefloopError):
 
 class EngineError(PrefloopError):
     """A sampling engine could not produce what it promised."""
+
+
+class FeedbackError(PrefloopError):
+    """An annotator could not be asked, and further questions would fare no better. What it has answered is kept."""
+
+
+class BudgetReached(FeedbackError):
+    """The next question would go beyond the calls or the money that the user allowed."""
 
 
 def did_you_mean(given: str, known: list[str]) -> str:
