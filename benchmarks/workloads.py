@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from prefloop.data.chat import ChatFormat
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 class Workload:
     """Mean token counts of prompts and responses, and the spread (standard deviation of the logarithm) of both.
 
-    Lengths are log-normal. Multi-turn transcripts of HH-RLHF (harmless-base, test) have means of 120 + template and 45
-    tokens and spreads of 1.06 and 0.90: ours are a little more even, which is to the advantage of padded batches.
+    Lengths are log-normal, scaled so that a draw of any size has these means. Multi-turn transcripts of HH-RLHF
+    (harmless-base, test) have means of 120 + template and 45 tokens and spreads of 1.06 and 0.90: ours are a little
+    more even, which is to the advantage of padded batches.
     """
 
     prompt: int
@@ -43,7 +45,7 @@ WORKLOADS = {
     "long_prompt_groups": Workload(400, 60, 0.5, 0.5),
 }
 LONGEST = 1024
-"""Tokens of prompt and response together; longer draws are drawn again, so that neither side truncates."""
+"""Tokens of prompt and response together, so that neither side truncates."""
 
 
 def make_items(
@@ -58,24 +60,23 @@ def make_items(
     stream = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     template = len(chat.prompt_ids(Prompt.of("x")))
 
-    def length(mean: int, spread: float) -> int:
-        return max(
-            2, round(float(rng.lognormal(mean=0.0, sigma=spread)) * mean * 2.718281828 ** (-spread * spread / 2))
-        )
+    def lengths(mean: int, spread: float, shape: tuple[int, ...]) -> np.ndarray:
+        drawn = rng.lognormal(sigma=spread, size=shape)
+        return np.clip(np.rint(drawn * mean / drawn.mean()), 2, None).astype(int)
 
     def cut(tokens: int) -> list[int]:
         start = int(rng.integers(0, len(stream) - LONGEST))
         return stream[start : start + tokens]
 
+    prompt_lengths = np.maximum(template + 1, lengths(workload.prompt, workload.prompt_spread, (n,)))
+    response_lengths = lengths(workload.response, workload.response_spread, (n, responses))
     items = []
-    while len(items) < n:
-        prompt_length = max(template + 1, length(workload.prompt, workload.prompt_spread))
-        lengths = [length(workload.response, workload.response_spread) for _ in range(responses)]
-        if prompt_length + max(lengths) > LONGEST:
-            continue
+    for prompt_length, row in zip(prompt_lengths, response_lengths, strict=True):
+        # Neither side truncates: a row that the shortest context of the opponents could cut is cut here.
+        prompt_length = min(prompt_length, LONGEST - row.max())
         prompt = Prompt.of(chat.tokenizer.decode(cut(prompt_length - template)))
         answers = []
-        for tokens in lengths:
+        for tokens in row:
             ids = (*cut(tokens - 1), chat.end_token_id)
             answers.append(Response(text=chat.decode(ids), token_ids=ids, finish_reason="stop"))
         items.append((prompt, tuple(answers)))

@@ -18,7 +18,7 @@ from rich.console import Console
 from prefloop import progress
 from prefloop.artifacts import FolderArtifact, Records
 from prefloop.atomic import write_atomically
-from prefloop.config import Config
+from prefloop.config import Config, free
 from prefloop.errors import CheckFailed, InputError
 from prefloop.fingerprints import fingerprint
 from prefloop.progress import Pace
@@ -31,10 +31,17 @@ class Training(Config):
     rate: float = 1e-5
 
 
+class Service(Config):
+    url: str = free(default="")
+    model: str = ""
+
+
 class Options(Config):
     seed: int = 0
     device: str = "cpu"
+    budget: int = free(default=1)
     train: Training = Field(default_factory=Training)
+    service: Service = Field(default_factory=Service)
 
 
 class Figure(Record):
@@ -327,6 +334,20 @@ def refused(folder: Path, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
         loop(folder, **options)
     return str(caught.value)
+
+
+def test_an_option_that_changes_no_result_may_change_and_nothing_is_computed_again(tmp_path: Path) -> None:
+    loop(tmp_path / "run")
+    before = (tmp_path / "run/manifest.json").read_bytes()
+    loop(tmp_path / "run", budget=2, service=Service(url="http://127.0.0.1:1"))
+    assert (tmp_path / "run/manifest.json").read_bytes() == before
+    assert "service.model" in refused(tmp_path / "run", service=Service(model="other"))
+
+
+def test_free_options_are_named_and_left_out_of_the_identity() -> None:
+    assert Options.free_options() == {"budget", "service.url"}
+    same = fingerprint(Options(budget=2, service=Service(url="u")))
+    assert fingerprint(Options()) == same != fingerprint(Options(service=Service(model="m")))
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:

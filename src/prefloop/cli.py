@@ -45,6 +45,13 @@ COMMANDS = {
         "prefloop.recipes.dpo:dpo",
         ("demo",),
     ),
+    "oaif": Command(
+        "recipes",
+        "online feedback: every step two fresh answers, an annotator's choice, one step (arXiv 2402.04792)",
+        "prefloop.recipes.oaif:OaifConfig",
+        "prefloop.recipes.oaif:oaif",
+        ("demo", "paper"),
+    ),
     "sample": Command("steps", "K answers of a model to every prompt of a file", "prefloop.commands:SampleOptions",
                       "prefloop.commands:sample"),
     "score": Command("steps", "implicit reward of (prompt, responses) under any policy and reference",

@@ -28,6 +28,7 @@ from prefloop.recipes.dice import Filters, find_coefficient
 from prefloop.recipes.steps import encode, load, two_models
 from prefloop.records import Record
 from prefloop.run import Run
+from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample as sample_stage
 from prefloop.train.config import Compute, Lora
@@ -43,6 +44,8 @@ class SampleOptions(Config):
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
     seed: int = Field(default=0, ge=0, description="of every draw")
     sampling: Sampling = Field(default_factory=Sampling)
+    engine: EngineName = "auto"
+    server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
 
 
@@ -102,7 +105,8 @@ def sample(options: SampleOptions) -> None:
         loaded = load_prompts(options.prompts, on_bad_row=options.on_bad_row)
         run.note(f"{options.prompts}: {loaded.mapping.describe()}")
         return run.stage("groups", sample_stage, resolve(options.policy), loaded.records, k=options.k,
-                         sampling=options.sampling, seed=options.seed, compute=options.compute)  # fmt: skip
+                         sampling=options.sampling, seed=options.seed, compute=options.compute,
+                         engine=options.engine, server=options.server)  # fmt: skip
 
     to_file("sample", options, work)
 

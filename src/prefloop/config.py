@@ -4,11 +4,21 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prefloop.errors import InputError, did_you_mean
 
 C = TypeVar("C", bound="Config")
+
+
+FREE: dict[str, Any] = {"free": True}
+
+
+def free(**field: Any) -> Any:
+    """A `Field` for an option that changes no result, such as a budget or a time-out: a run that was started with one
+    value of it may go on with another.
+    """
+    return Field(json_schema_extra=FREE, **field)
 
 
 class Config(BaseModel):
@@ -36,6 +46,28 @@ class Config(BaseModel):
                 target = target[parent]
             target[last] = value
         return parse_config(type(self), data)
+
+    @classmethod
+    def free_options(cls, prefix: str = "") -> set[str]:
+        """The dotted names of the options that change no result (`free`)."""
+        names = set()
+        for name, field in cls.model_fields.items():
+            if field.json_schema_extra == FREE:
+                names.add(prefix + name)
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+                names |= field.annotation.free_options(f"{prefix}{name}.")
+        return names
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data of every option that may change a result."""
+        data = self.model_dump(mode="json")
+        for path in self.free_options():
+            *parents, last = path.split(".")
+            target = data
+            for parent in parents:
+                target = target[parent]
+            del target[last]
+        return data
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

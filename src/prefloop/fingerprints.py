@@ -23,7 +23,7 @@ def fingerprint(value: Any) -> str:
     if isinstance(value, Record):
         return sha256(type(value).__name__ + value.to_json())
     if isinstance(value, Config):
-        return sha256(type(value).__name__ + value.model_dump_json())
+        return sha256(type(value).__name__ + json.dumps(value.identity()))
     if isinstance(value, Path):
         return _hash_path(value)
     if isinstance(value, partial):

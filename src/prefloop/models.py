@@ -7,6 +7,7 @@ exactly (float32), into a cache folder; everything after that is plain `from_pre
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -161,8 +162,6 @@ def _resolve_gguf(file: Path, name: str) -> ModelRef:
 
 def _resolve_adapter(path: Path) -> ModelRef:
     """A LoRA adapter folder, merged into its base model in float32."""
-    import json
-
     try:
         adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         base = resolve(adapter["base_model_name_or_path"])
@@ -248,6 +247,18 @@ def context_length(model: "PreTrainedModel") -> int | None:
     """The longest row, in tokens, that the model was made for; None when it does not say."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def model_config(ref: ModelRef) -> dict[str, Any]:
+    """The configuration in a model folder as plain data, without loading anything."""
+    return json.loads((ref.path / "config.json").read_text(encoding="utf-8"))
+
+
+def context_of(ref: ModelRef) -> int | None:
+    """`context_length` of a model folder, read from its configuration."""
+    config = model_config(ref)
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def choose_device(device: str) -> str:

@@ -60,6 +60,7 @@ class Stage:
     scratch: Path | None = None
     output: Path | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     run: "Run | None" = None
 
     @classmethod
@@ -76,6 +77,10 @@ class Stage:
     def count(self, reason: str, n: int = 1) -> None:
         """Add to a count that ends in the manifest and in the report."""
         self.counts[reason] = self.counts.get(reason, 0) + n
+
+    def figure(self, name: str, value: float) -> None:
+        """A measured number that ends in the manifest and in the report."""
+        self.figures[name] = value
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line in the event log."""
@@ -162,7 +167,7 @@ class Run:
         self.event("opened", version=__version__, pid=os.getpid())
 
     def _check_config(self) -> None:
-        """A run folder belongs to one recipe and one configuration."""
+        """A run folder belongs to one recipe and one configuration, but for the options that change no result."""
         file = self.path / "config.yaml"
         # A command that failed before its first stage leaves nothing worth guarding from the corrected command.
         if not self._begun():
@@ -176,7 +181,7 @@ class Run:
         different = [
             f"{name}: {here.get(name, 'not set')} here, {asked.get(name, 'not set')} asked for"
             for name in {**here, **asked}
-            if here.get(name) != asked.get(name)
+            if here.get(name) != asked.get(name) and name not in self.config.free_options()
         ]
         if different:
             raise InputError(f"{self.path} was started with other options ({'; '.join(different)}); {fix}")
@@ -268,6 +273,7 @@ class Run:
             "inputs": inputs,
             "artifact": artifact,
             "counts": stage.counts,
+            "figures": stage.figures,
             "seconds": seconds,
             "finished": _now(),
         }

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from prefloop.config import Config
-from prefloop.errors import InputError
+from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef
 from prefloop.records import Group, Prompt
 from prefloop.run import Run, Stage
 from prefloop.sample import stage as stages
 from prefloop.sample.engine import Engine, shards
+from prefloop.sample.engines import ENGINES, EngineKind, EngineSetting
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.scripted import ScriptedEngine
-from prefloop.sample.stage import load_engine, sample
+from prefloop.sample.stage import sample
 from prefloop.sample.transformers import TransformersEngine
 from prefloop.train.config import Compute
 from tests.sample.engines import CHAT, PROMPTS, stopping_llama
@@ -37,7 +38,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 @pytest.fixture(scope="module")
 def uninterrupted(policy: ModelRef) -> list[Group]:
-    return sample(policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE)
+    return sample(policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE, engine="transformers")
 
 
 @pytest.fixture
@@ -54,10 +55,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[list
                 sampled.append([prompt.id for prompt in prompts])
                 return super().sample(prompts, **options)
 
-        def load(policy: ModelRef, dtype: str, device: str, batch_size: int) -> Engine:
-            return Watched(stopping_llama(), CHAT, batch_size=batch_size)
+        def load(policy: ModelRef, setting: EngineSetting) -> Engine:
+            return Watched(stopping_llama(), CHAT, batch_size=setting.batch_size)
 
-        monkeypatch.setitem(stages.ENGINES, "transformers", load)
+        monkeypatch.setitem(ENGINES, "transformers", EngineKind(load, lambda *_: None))
+        monkeypatch.setattr(stages, "BATCHES", 1)
         return sampled
 
     return watch
@@ -65,7 +67,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[list
 
 def run_stage(policy: ModelRef, scratch: Path, **changes) -> tuple[list[Group], Stage]:
     stage = Stage(name="groups", scratch=scratch)
-    options = {"k": 3, "sampling": SAMPLING, "seed": 1, "compute": COMPUTE, **changes}
+    options = {"k": 3, "sampling": SAMPLING, "seed": 1, "compute": COMPUTE, "engine": "transformers", **changes}
     return sample(policy, PROMPTS, stage=stage, **options), stage
 
 
@@ -169,7 +171,8 @@ def test_in_a_run_the_note_gives_the_rate_and_scratch_is_removed(
     policy: ModelRef, uninterrupted: list[Group], tmp_path: Path
 ) -> None:
     with Run.open(tmp_path / "run", recipe="test", config=Config()) as run:
-        groups = run.stage("groups", sample, policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE)
+        groups = run.stage("groups", sample, policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE,
+                           engine="transformers")  # fmt: skip
     assert groups == uninterrupted
     events = (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8")
     assert "15 answers, " in events and " tokens/s" in events
@@ -213,8 +216,32 @@ def test_the_scripted_engine_runs_by_name(policy: ModelRef) -> None:
     assert groups[1].responses[1].text == "Answer 2: Hi"
 
 
-def test_an_unknown_engine_is_refused_with_the_nearest_name(policy: ModelRef) -> None:
+def test_the_gap_between_sampler_and_trainer_is_measured(policy: ModelRef, tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", recipe="test", config=Config()) as run:
+        run.stage("groups", sample, policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE,
+                  engine="transformers")  # fmt: skip
+        figures = run.manifest["groups"]["figures"]
+    assert 0 <= figures["sampler gap, mean nats a token"] <= figures["sampler gap, 99th percentile"] < 1e-4
+    assert figures["tokens/s"] > 0
+
+
+def test_an_engine_with_other_weights_stops_the_run_after_its_first_shard(
+    policy: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[int] = []
+
+    class Stale(TransformersEngine):
+        def sample(self, prompts: Sequence[Prompt], **options) -> list[Group]:
+            sampled.append(len(prompts))
+            return super().sample(prompts, **options)
+
+    def load(policy: ModelRef, setting: EngineSetting) -> Engine:
+        return Stale(stopping_llama(seed=1), CHAT, batch_size=setting.batch_size)
+
+    monkeypatch.setitem(ENGINES, "transformers", EngineKind(load, lambda *_: None))
+    monkeypatch.setattr(stages, "BATCHES", 1)
     with pytest.raises(
-        InputError, match=r"unknown engine 'transformer'; expected one of .*Did you mean 'transformers'"
+        CheckFailed, match=r"'transformers' does not sample from .*: .* differ .* at most 0.002 expected"
     ):
-        load_engine(policy, engine="transformer")
+        sample(policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE, engine="transformers")
+    assert len(sampled) == 1

@@ -9,10 +9,12 @@ import pytest
 import torch
 from tests.parity.families import FAMILIES, GROUPS, small_model
 from tests.parity.plain import assert_float32_parity, core_outcome, plain_outcome
+from tests.tiny import tiny_llama
 from transformers import LlamaConfig, PreTrainedModel
 
 from prefloop.errors import CheckFailed
-from prefloop.train.logprobs import Path, choose_path, response_logps, rows
+from prefloop.train import logprobs
+from prefloop.train.logprobs import Path, choose_path, known_path, response_logps, rows
 from prefloop.train.packing import TokenGroup
 
 PATHS: list[Path] = ["shared", "padded"]
@@ -125,3 +127,13 @@ def test_rotations_that_follow_the_longest_row_are_not_shared(model: PreTrainedM
     assert path == "padded" and f"beyond {longest - 1} tokens" in why
     model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": longest}
     assert choose_path(model, GROUPS)[0] == "shared"
+
+
+def test_the_path_is_proven_once_for_all_weights_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    proven: list[int] = []
+    monkeypatch.setattr(logprobs, "_PROVEN", {})
+    monkeypatch.setattr(logprobs, "choose_path", lambda model, groups: proven.append(1) or ("shared", "proven"))
+    assert known_path(tiny_llama(50, seed=1), GROUPS) == known_path(tiny_llama(50, seed=2), GROUPS)
+    assert len(proven) == 1
+    known_path(tiny_llama(50, layers=3), GROUPS)
+    assert len(proven) == 2

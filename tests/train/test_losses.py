@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prefloop.train.losses import PairLogps, dpo, pair_metrics
+from prefloop.train.losses import LOSSES, PairLogps, dpo, ipo, pair_metrics, slic
 
 
 def logps_with(h: torch.Tensor) -> PairLogps:
@@ -69,3 +69,51 @@ def test_metrics_report_changes_against_the_reference() -> None:
     assert metrics.rejected_change.tolist() == [-5.0]
     assert metrics.margin.item() == pytest.approx(0.6)
     assert metrics.correct.tolist() == [1.0]
+
+
+# O1, O2, O7, O8 of the dossier: the three losses of OAIF
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "slope"), [("dpo", math.log(2), -0.05), ("ipo", 0.25, -1.0), ("slic", 1.0, -0.002)]
+)
+def test_o1_o2_value_and_slope_before_the_first_update(name: str, value: float, slope: float) -> None:
+    loss, beta = LOSSES[name]
+    h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    found = loss(logps_with(h), beta=beta).sum()
+    found.backward()
+    assert found.item() == pytest.approx(value, abs=1e-12)
+    assert h.grad is not None and h.grad.item() == pytest.approx(slope, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dpo", 0.5130), ("ipo", 12.25), ("slic", 0.992)])
+def test_losses_at_four_nats(name: str, value: float) -> None:
+    """The dossier's table (2.2)."""
+    loss, beta = LOSSES[name]
+    assert loss(logps_with(torch.tensor([4.0])), beta=beta).item() == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_flipped_label_is_a_flipped_pair(name: str) -> None:
+    loss, beta = LOSSES[name]
+    h = torch.linspace(-700, 700, 15, dtype=torch.float64)
+    assert torch.allclose(loss(logps_with(h), beta=beta, p=0.0), loss(logps_with(-h), beta=beta), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_half_label_has_no_slope_at_zero_and_weights_multiply(name: str) -> None:
+    loss, beta = LOSSES[name]
+    h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    loss(logps_with(h), beta=beta, p=0.5).sum().backward()
+    assert h.grad is not None and abs(h.grad.item()) < 1e-12
+    four = logps_with(torch.tensor([4.0]))
+    assert loss(four, beta=beta, weight=3.0).item() == pytest.approx(3 * loss(four, beta=beta).item())
+
+
+def test_ipo_pulls_back_beyond_its_target_and_slic_stops_there() -> None:
+    h = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ipo(logps_with(h), beta=1.0).sum().backward()
+    assert h.grad is not None and h.grad.tolist() == pytest.approx([0.0, 3.0])
+    far = torch.tensor([499.0, 501.0], dtype=torch.float64, requires_grad=True)
+    slic(logps_with(far), beta=0.002).sum().backward()
+    assert far.grad is not None and far.grad.tolist() == pytest.approx([-0.002, 0.0])

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
+from prefloop.progress import Advance, ignore
 from prefloop.records import Prompt, Record, Response
-from prefloop.sample.engine import Advance, ignore
 
 
 class Comparison(NamedTuple):
@@ -29,6 +29,12 @@ class Comparison(NamedTuple):
     @property
     def swapped(self) -> "Comparison":
         return Comparison(self.prompt, self.b, self.a)
+
+    @property
+    def identical(self) -> bool:
+        """Whether both are the same answer, by token ids or by stripped text; such a question is a tie unasked."""
+        same_ids = self.a.token_ids is not None and self.a.token_ids == self.b.token_ids
+        return same_ids or self.a.text.strip() == self.b.text.strip()
 
 
 class Judgement(Record):
@@ -81,7 +87,10 @@ class Annotator(Protocol):
         ...
 
 
-Slots = Callable[[Sequence[Comparison]], Sequence[Judgement]]
+Ask = Callable[[Sequence[Comparison]], Sequence[Judgement]]
+"""One judgement per comparison, in order."""
+
+Slots = Ask
 """Judgements of an annotator that shows `a` first: `p` is P(the first slot is preferred)."""
 
 
@@ -98,10 +107,25 @@ def average(ab: Judgement, ba: Judgement) -> Judgement:
     0.55
     """
     if ab.p is None or ba.p is None:
-        return Judgement(reason=ab.reason or ba.reason, q_ab=ab.p, q_ba=ba.p)
-    # Of two numbers that are the same up to the order, so that swapping flips p and nothing else.
-    half = (ab.p - ba.p) / 2
-    return Judgement(p=0.5 + half, q_ab=ab.p, q_ba=ba.p)
+        # Of two reasons the one that swapping does not change.
+        return Judgement(reason=min(answer.reason for answer in (ab, ba) if answer.reason), q_ab=ab.p, q_ba=ba.p)
+    return Judgement(p=around_half((ab.p - ba.p) / 2), q_ab=ab.p, q_ba=ba.p)
+
+
+def ask_different(ask: Ask, comparisons: Sequence[Comparison], advance: Advance = ignore) -> list[Judgement]:
+    """The judgements of `ask`, which sees only the comparisons of two different answers; identical ones are ties."""
+    different = [comparison for comparison in comparisons if not comparison.identical]
+    advance(len(comparisons) - len(different))
+    answers = iter(ask(different))
+    return [Judgement(p=0.5) if comparison.identical else next(answers) for comparison in comparisons]
+
+
+def around_half(half: float) -> float:
+    """1/2 + `half`, rounded so that the p of a pair and that of the swapped pair (-half) sum to exactly 1.
+
+    The one above 1/2 is rounded; 1 minus it is exact.
+    """
+    return 0.5 + half if half >= 0 else 1.0 - (0.5 - half)
 
 
 def sigmoid(x: float) -> float:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from prefloop.errors import InputError
 from prefloop.records import Group
@@ -19,22 +19,25 @@ from prefloop.run import Stage
 Scores = Callable[[Sequence[Group]], Sequence[Sequence[float | None]]]
 
 
-def load_function(name: str) -> Scores:
-    """The function that `module:function` names. Raises InputError saying which part is missing."""
+def load_function(name: str, *, what: str = "scorer", others: str = "'implicit_reward' or ") -> Callable[..., Any]:
+    """The function that `module:function` names. Raises InputError saying which part is missing.
+
+    `what` it is for and the `others` that could stand in its place are for the message.
+    """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise InputError(f"scorer {name!r}: expected 'implicit_reward' or 'module:function'")
+        raise InputError(f"{what} {name!r}: expected {others}'module:function'")
     sys.path.insert(0, os.getcwd())  # a module beside the data, as `python -m` would find it
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise InputError(f"scorer {name!r}: module {module_name!r} cannot be imported ({error})") from None
+        raise InputError(f"{what} {name!r}: module {module_name!r} cannot be imported ({error})") from None
     finally:
         sys.path.pop(0)
-    function: Any = getattr(module, function_name, None)
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise InputError(f"scorer {name!r}: module {module_name!r} has no function {function_name!r}")
-    return cast(Scores, function)
+        raise InputError(f"{what} {name!r}: module {module_name!r} has no function {function_name!r}")
+    return function
 
 
 def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None = None) -> list[Group]:

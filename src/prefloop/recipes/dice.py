@@ -44,6 +44,7 @@ from prefloop.recipes.steps import (
     some,
     two_models,
 )
+from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed
@@ -92,6 +93,8 @@ class DiceConfig(Config):
     look_at: LookAt = Field(default_factory=LookAt)
     start: Train = Field(default_factory=Train, description="the DPO round that makes pi(0), without --reference")
     train: Train = Field(default_factory=Train, description="every DICE round")
+    engine: EngineName = "auto"
+    server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
 
     @model_validator(mode="after")
@@ -145,7 +148,7 @@ def dice(cfg: DiceConfig, run: "Run") -> ModelRef:
     offline, held_out = offline_and_held_out(cfg, run, start)
     prompts = own_prompts or prompts_of(offline)
     check_room([*prompts, *prompts_of(held_out)], start, cfg.sampling.max_new_tokens)
-    look = partial(look_at, run, start, held_out, cfg)
+    look = partial(look_at, run, start, held_out, cfg, beta=cfg.beta)
 
     look("start", start)
     if policy is None:
@@ -189,7 +192,7 @@ def bootstrap(
 ) -> "list[Pair]":
     """Steps 1 to 4: pairs that the model makes for itself, with their log-probabilities under `policy` = pi(t-1)."""
     groups = round.stage("groups", sample, policy, prompts, k=cfg.k, sampling=cfg.sampling, seed=seed,
-                         compute=cfg.compute)  # fmt: skip
+                         compute=cfg.compute, engine=cfg.engine, server=cfg.server)  # fmt: skip
     valid = round.stage("valid", keep_finished, groups, **cfg.filters.model_dump())
     if scorer is None:
         scored = round.stage("feedback", implicit_reward, valid, policy, reference, compute=cfg.compute)

@@ -18,6 +18,7 @@ from prefloop.models import ModelRef, resolve
 from prefloop.pairs.replay import hold_out
 from prefloop.recipes.steps import LookAt, conclude, look_at, offline_and_held_out, two_models
 from prefloop.records import Pair
+from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
@@ -42,6 +43,8 @@ class DpoConfig(Config):
     sampling: Sampling = Field(default_factory=Sampling, description="of the answers that are looked at")
     look_at: LookAt = Field(default_factory=LookAt)
     train: Train = Field(default_factory=Train)
+    engine: EngineName = "auto"
+    server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
 
 
@@ -66,7 +69,7 @@ def dpo(cfg: DpoConfig, run: "Run") -> ModelRef:
     else:
         policy = reference = resolve(cfg.policy)
     pairs, held_out = offline_and_held_out(cfg, run, reference)
-    look = partial(look_at, run, reference, held_out, cfg)
+    look = partial(look_at, run, reference, held_out, cfg, beta=cfg.beta)
 
     look("start", reference)
     if cfg.reference:

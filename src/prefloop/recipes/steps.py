@@ -1,6 +1,5 @@
 """Steps that several recipes share, each implemented once."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, load_pairs, load_prompts
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import checkup
-from prefloop.models import ModelRef, check_different, copy_model, load_tokenizer, resolve
+from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.card import model_card
@@ -47,13 +46,6 @@ def two_models(policy: str, reference: str) -> tuple[ModelRef, ModelRef]:
             "the implicit reward needs both models to score the same token ids"
         )
     return first, second
-
-
-def context_of(model: ModelRef) -> int | None:
-    """The longest row in tokens that a model was made for, read from its configuration; None when it does not say."""
-    config: dict[str, Any] = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = None) -> list[Pair]:
@@ -123,6 +115,12 @@ def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
     return list({pair.prompt.id: pair.prompt for pair in pairs}.values())
 
 
+def split_off(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The other prompts, and `n` drawn from all of them; both in their order."""
+    drawn = {prompt.id for prompt in some(prompts, n, seed)}
+    return [p for p in prompts if p.id not in drawn], [p for p in prompts if p.id in drawn]
+
+
 def some(prompts: Sequence[Prompt], n: int | None, seed: int) -> list[Prompt]:
     """`n` prompts drawn without replacement, in their order; all of them when n is None or not smaller."""
     if n is None or n >= len(prompts):
@@ -171,14 +169,29 @@ def _said(loaded: Loaded, run: Run) -> list[Any]:
     return loaded.records
 
 
-def look_at(run: Run, start: ModelRef, held_out: Sequence[Pair], cfg: Any, label: str, model: ModelRef) -> None:
-    """Answers of `model` to held-out prompts and its figures beside the start model; the same seeds for every model."""
-    prompts = some(prompts_of(held_out), cfg.look_at.answers, derive_seed(cfg.seed, "look at"))
+def look_at(
+    run: Run,
+    start: ModelRef,
+    held_out: Sequence[Pair],
+    cfg: Any,
+    label: str,
+    model: ModelRef,
+    *,
+    beta: float,
+    prompts: Sequence[Prompt] = (),
+) -> list[Group]:
+    """Answers of `model` to held-out prompts and its figures beside the start model; the same seeds for every model.
+
+    The prompts are those of the held-out pairs unless given. Returns the answers.
+    """
+    prompts = some(prompts or prompts_of(held_out), cfg.look_at.answers, derive_seed(cfg.seed, "look at"))
     seed = derive_seed(cfg.seed, "answers")
     answers = run.stage(
-        f"{label}/answers", sample, model, prompts, k=1, sampling=cfg.sampling, seed=seed, compute=cfg.compute
-    )
-    run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=cfg.beta, compute=cfg.compute)
+        f"{label}/answers", sample, model, prompts, k=1, sampling=cfg.sampling, seed=seed, compute=cfg.compute,
+        engine=cfg.engine, server=cfg.server,
+    )  # fmt: skip
+    run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=beta, compute=cfg.compute)
+    return answers
 
 
 def conclude(run: Run, model: ModelRef) -> ModelRef:

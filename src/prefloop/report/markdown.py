@@ -27,6 +27,7 @@ def write_report(story: Story) -> Path:
         _before_and_after(story.rounds, shown),
         _counts(story),
         _time(story),
+        _figures(story),
     ]
     path = story.path / "report.md"
     write_atomically(path, "\n\n".join(part for part in parts if part) + "\n")
@@ -104,6 +105,17 @@ def _counts(story: Story) -> str:
         for reason, n in (entry.get("counts") or {}).items()
     ]
     return "\n".join(["## Kept and dropped", "", "| stage | what | count |", "|---|---|---:|", *lines]) if lines else ""
+
+
+def _figures(story: Story) -> str:
+    lines = [
+        f"| {name} | {what} | {value:.4g} |"
+        for name, entry in story.stages.items()
+        for what, value in (entry.get("figures") or {}).items()
+    ]
+    return (
+        "\n".join(["## Measured on the way", "", "| stage | what | value |", "|---|---|---:|", *lines]) if lines else ""
+    )
 
 
 def _time(story: Story) -> str:

@@ -29,7 +29,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Story:
-    """A run as a person wants to read it. `stages` are the manifest's entries: counts and seconds by stage name."""
+    """A run as a person wants to read it. `stages` are the manifest's entries: counts, figures
+    and seconds by stage name.
+    """
 
     path: Path
     recipe: str

@@ -1,22 +1,16 @@
 """The engine contract: what every way of sampling from a model promises, and the checks that all of them share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from prefloop.data.chat import ChatFormat, check_prompt_length
 from prefloop.errors import InputError
+from prefloop.progress import Advance, ignore
 from prefloop.records import FinishReason, Group, Prompt
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed, generator
-
-Advance = Callable[[int], None]
-"""Called with the number of answers that have just been finished."""
-
-
-def ignore(n: int) -> None:
-    """An `Advance` that does nothing."""
 
 
 class Engine(Protocol):
@@ -33,7 +27,8 @@ class Engine(Protocol):
       before temperature and truncation, so that they can be compared with the trainer's. `tolerance` is how far, in
       nats a token and on average, they may be from them when all is well; None for an engine that has none;
     * same seed, same answers. A seed belongs to (seed, prompt id, k), never to a batch: an answer is the same
-      whichever prompts are sampled with it, up to rounding of the logits;
+      whichever prompts are sampled with it, up to rounding of the logits (`openvino` draws the K answers to a prompt
+      from one stream: there another K gives others);
     * only `Sampling` decides how tokens are drawn: nothing comes from the model's generation_config. What an engine
       cannot draw in exactly that way it refuses (InputError).
 
@@ -50,7 +45,7 @@ class Engine(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, advance: Advance = ignore
     ) -> list[Group]:
-        """The groups of answers, in the order of `prompts`."""
+        """The groups of answers, in the order of `prompts`; `advance` is called with the number just finished."""
         ...
 
     def close(self) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from prefloop.data.chat import ChatFormat, check_prompt_length
+from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
+from prefloop.progress import Advance, ignore
 from prefloop.records import Group, Prompt, Response
-from prefloop.sample.engine import Advance, check_request, ignore
+from prefloop.sample.engine import check_request, checked_prompt_ids, ends, finish_reason
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
 
@@ -17,7 +18,7 @@ class ScriptedEngine:
     """An `Engine` whose texts are scripted and whose token ids are real: those that `chat` gives to the text.
 
     `script` is a function, or a mapping from prompt id to the texts of answers 0, 1, ... A text with more than
-    `max_new_tokens` tokens is cut there and has finish_reason "length". There is no `sampling_logp`.
+    `max_new_tokens` tokens is cut there and has finish_reason "length". There are no `sampling_logps`.
 
     Example:
         engine = ScriptedEngine(chat, {"p-1": ["Red.", "Blue."]})
@@ -30,14 +31,13 @@ class ScriptedEngine:
         self.chat = chat
         self.script = script if callable(script) else _look_up(script)
         self.context = context
+        self.tolerance = None
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def prompt_lengths(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[int]:
-        lengths = []
-        for prompt in prompts:
-            ids = self.chat.prompt_ids(prompt)
-            check_prompt_length(ids, sampling.max_new_tokens, self.context, prompt)
-            lengths.append(len(ids))
-        return lengths
+        return [len(ids) for ids in checked_prompt_ids(self.chat, prompts, sampling, self.context)]
 
     def sample(
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, advance: Advance = ignore
@@ -52,11 +52,11 @@ class ScriptedEngine:
         return groups
 
     def _response(self, text: str, sampling: Sampling) -> Response:
-        ids = self.chat.response_ids(text)
-        finished = len(ids) <= sampling.max_new_tokens
-        ids = ids[: sampling.max_new_tokens]
+        ids = self.chat.response_ids(text)[: sampling.max_new_tokens]
+        end = next((n for n in range(1, len(ids)) if ends(self.chat, ids[:n], sampling)), len(ids))
+        ids = ids[:end]
         return Response(
-            text=self.chat.decode(ids), token_ids=tuple(ids), finish_reason="stop" if finished else "length"
+            text=self.chat.decode(ids), token_ids=tuple(ids), finish_reason=finish_reason(self.chat, ids, sampling)
         )
 
 

@@ -1,62 +1,30 @@
 """The sampling stage of a run: K answers to every prompt, in shards that survive a kill.
 
-A shard is one batch of prompts, a pure function of the inputs, and its file is named by a hash of everything that its
-answers depend on. A rerun takes finished shards as they are and ends with the same groups as an uninterrupted run.
+A shard is a few batches of answers, a pure function of the inputs, and its file is named by a hash of everything that
+its answers depend on. A rerun takes finished shards as they are and ends with the same groups as an uninterrupted run.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from prefloop.atomic import write_atomically
-from prefloop.errors import InputError, did_you_mean
-from prefloop.models import ModelRef, choose_device, choose_sampling_dtype, load_model, load_tokenizer
+from prefloop.models import ModelRef, choose_device, choose_sampling_dtype
 from prefloop.records import Group, Prompt
 from prefloop.run import Stage
 from prefloop.sample.engine import Engine, check_request, shards
+from prefloop.sample.engines import EngineSetting, choose_engine, load_engine
+from prefloop.sample.options import Server
 from prefloop.sample.sampling import Sampling
+from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute
 
-
-def _transformers(policy: ModelRef, dtype: str, device: str, batch_size: int) -> Engine:
-    from prefloop.data.chat import ChatFormat
-    from prefloop.sample.transformers import TransformersEngine
-
-    chat = ChatFormat(load_tokenizer(policy))
-    return TransformersEngine(load_model(policy, dtype=dtype, device=device), chat, batch_size=batch_size)
-
-
-def _scripted(policy: ModelRef, dtype: str, device: str, batch_size: int) -> Engine:
-    from prefloop.data.chat import ChatFormat
-    from prefloop.sample.scripted import ScriptedEngine, echo
-
-    return ScriptedEngine(ChatFormat(load_tokenizer(policy)), echo)
-
-
-ENGINES: dict[str, Callable[[ModelRef, str, str, int], Engine]] = {
-    "transformers": _transformers,
-    "scripted": _scripted,
-}
-"""Engines by name: (policy, dtype, device, batch_size) -> engine."""
-
-
-def load_engine(
-    policy: ModelRef,
-    *,
-    engine: str = "transformers",
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch_size: int = 64,
-) -> Engine:
-    """The named engine over the model in a folder. Raises InputError for a name that `ENGINES` lacks."""
-    if engine not in ENGINES:
-        raise InputError(
-            f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}.{did_you_mean(engine, list(ENGINES))}"
-        )
-    return ENGINES[engine](policy, dtype, device, batch_size)
+BATCHES = 4
+"""Batches of answers in a shard: enough that an engine which fills up as answers end is seldom half empty."""
 
 
 def sample(
@@ -67,12 +35,15 @@ def sample(
     sampling: Sampling,
     seed: int,
     compute: Compute,
-    engine: str = "transformers",
+    engine: str = "auto",
+    server: Server | None = None,
     stage: Stage | None = None,
 ) -> list[Group]:
     """K answers of `policy` to every prompt, in the order of `prompts`.
 
-    Raises InputError for an unknown engine, k < 1, a repeated prompt id, or a prompt without room for
+    After the first shard, and over answers of all shards at the end, the engine's own log-probabilities are held
+    against the trainer's; beyond the engine's tolerance that is a CheckFailed. Raises InputError for an unknown engine
+    or one that cannot do what is asked, k < 1, a repeated prompt id, or a prompt without room for
     `sampling.max_new_tokens` in the model's context, before anything is sampled.
     """
     stage = stage or Stage.detached()
@@ -80,35 +51,94 @@ def sample(
     if not prompts:
         return []
     device = choose_device(compute.device)
-    dtype = choose_sampling_dtype(device) if compute.sampling_dtype == "auto" else compute.sampling_dtype
-    batch_size = compute.sequences_per_batch
-    sampler = load_engine(policy, engine=engine, dtype=dtype, device=device, batch_size=batch_size)
-    stage.event("engine", name=engine, model=policy.name, dtype=dtype, device=device)
-    lengths = sampler.prompt_lengths(prompts, sampling=sampling)
+    setting = EngineSetting(
+        dtype=choose_sampling_dtype(device) if compute.sampling_dtype == "auto" else compute.sampling_dtype,
+        device=device,
+        batch_size=compute.sequences_per_batch,
+        server=server or Server(),
+        log=stage.scratch / "engine.log" if stage.scratch else None,
+    )
+    name, why = choose_engine(engine, policy, sampling, setting)
+    stage.event("engine", name=name, why=why, model=policy.name, dtype=setting.dtype, device=device)
+    if engine == "auto":
+        stage.note(f"engine {name} ({why})")
     request = {
         "policy": policy.fingerprint,
-        "engine": [engine, dtype, device, batch_size],
+        "engine": [name, setting.dtype, device, setting.batch_size],
         "k": k,
         "sampling": sampling.model_dump(),
         "seed": seed,
     }
+    with closing(load_engine(name, policy, setting)) as sampler:
+        groups, fresh, seconds = _in_shards(sampler, policy, prompts, request, stage, compute, device)
+    _check(sampler, policy, groups, request, stage, compute, device)
+    _report(stage, groups, fresh, seconds)
+    return groups
 
+
+def _in_shards(
+    sampler: Engine,
+    policy: ModelRef,
+    prompts: Sequence[Prompt],
+    request: dict[str, Any],
+    stage: Stage,
+    compute: Compute,
+    device: str,
+) -> tuple[list[Group], int, float]:
+    """The groups, shard by shard; the tokens that were sampled now, and the seconds that took."""
+    k, sampling, seed = request["k"], Sampling.model_validate(request["sampling"]), request["seed"]
+    lengths = sampler.prompt_lengths(prompts, sampling=sampling)
+    parts = shards(lengths, k, BATCHES * compute.sequences_per_batch)
     groups: dict[str, Group] = {}
-    sampled_tokens, started = 0, time.perf_counter()
+    tokens, seconds = 0, 0.0
     with stage.progress(len(prompts) * k, unit="answers", description=f"answers of {policy.name}") as advance:
-        for indices in shards(lengths, k, batch_size):
+        for indices in parts:
             shard = [prompts[i] for i in indices]
             file = stage.scratch / _shard_name(request, shard) if stage.scratch else None
             finished = _read_shard(file)
             if finished is not None:
                 advance(len(shard) * k)
             else:
+                started = time.perf_counter()
                 finished = sampler.sample(shard, k=k, sampling=sampling, seed=seed, advance=advance)
-                sampled_tokens += _tokens(finished)
+                seconds += time.perf_counter() - started
                 _write_shard(file, finished)
+                if not tokens and len(parts) > 1:
+                    _check(sampler, policy, finished, request, stage, compute, device, probe=True)
+                tokens += _tokens(finished)
             groups.update((group.prompt.id, group) for group in finished)
-    _report(stage, list(groups.values()), sampled_tokens, time.perf_counter() - started)
-    return [groups[prompt.id] for prompt in prompts]
+    return [groups[prompt.id] for prompt in prompts], tokens, seconds
+
+
+def _check(
+    sampler: Engine,
+    policy: ModelRef,
+    groups: Sequence[Group],
+    request: dict[str, Any],
+    stage: Stage,
+    compute: Compute,
+    device: str,
+    *,
+    probe: bool = False,
+) -> None:
+    """Hold the engine's log-probabilities against the trainer's: a few answers as a probe, or more for the record."""
+    from prefloop.sample import handover
+
+    name = request["engine"][0]
+    # A server of ours holds the GPU's memory while it runs, so its first answers are looked at on the CPU.
+    where = "cpu" if probe and name == "vllm" else device
+    seed = derive_seed(request["seed"], "sampler gap")
+    answers = handover.PROBES if probe else handover.LOGGED
+    gap = handover.measure(policy, groups, compute=compute, device=where, answers=answers, seed=seed)
+    if gap is None or sampler.tolerance is None:
+        stage.event("sampler_gap", engine=name, seen="the engine gives no log-probabilities")
+        return
+    stage.event("sampler_gap", engine=name, probe=probe, tolerance=sampler.tolerance, **gap._asdict())
+    handover.check(gap, sampler.tolerance, engine=name, policy=policy.name)
+    if not probe:
+        stage.figure("sampler gap, mean nats a token", gap.mean)
+        stage.figure("sampler gap, 99th percentile", gap.p99)
+        stage.note(str(gap))
 
 
 def _tokens(groups: Sequence[Group]) -> int:
@@ -123,6 +153,8 @@ def _report(stage: Stage, groups: Sequence[Group], sampled_tokens: int, seconds:
     stage.count("answers unfinished", unfinished)
     stage.count("tokens", _tokens(groups))
     rate = f"{sampled_tokens / seconds:.0f} tokens/s" if sampled_tokens else "all of them sampled before"
+    if sampled_tokens:
+        stage.figure("tokens/s", sampled_tokens / seconds)
     stage.note(f"{len(responses)} answers, {_tokens(groups)} tokens, {unfinished} unfinished; {rate}")
 
 

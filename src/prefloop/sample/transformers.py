@@ -1,11 +1,13 @@
 """Sampling from a transformers model in this process: our own decode loop over the model's public forward.
 
-A prompt goes through the model once and its cache is repeated for its answers; finished answers leave the batch.
+The batch is kept full: answers wait in a queue, and one joins as soon as another has ended. A prompt goes through the
+model once and all of its answers share it (`prefloop.sample.cache`).
 
-Legend: N answers of a batch, R of them still in the cache, S padded prompt length, V vocabulary.
+Legend: R rows (running answers), V vocabulary.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,19 +18,36 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from prefloop.data.chat import ChatFormat, check_prompt_length
+from prefloop.data.chat import ChatFormat
 from prefloop.errors import EngineError, InputError
 from prefloop.models import context_length
+from prefloop.progress import Advance, ignore
 from prefloop.records import FinishReason, Group, Prompt, Response
+from prefloop.sample.cache import RunningBatch, SharedPrompts, forward, prefill
 from prefloop.sample.draw import draw
-from prefloop.sample.engine import Advance, check_request, ignore, shards, uniforms
+from prefloop.sample.engine import check_request, checked_prompt_ids, ends, uniforms
 from prefloop.sample.sampling import Sampling
+from prefloop.train.memory import reused_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOLERANCE = 2e-3
+"""Nats a token, on average, that log-probabilities of sampled ids may be from the trainer's, for a float32 model: the
+order of sums differs."""
+
+HALF_TOLERANCE = 0.08
+"""The same for a model in half precision: its weights and products are rounded."""
+
+HALF = {torch.bfloat16, torch.float16}
+
+AGREEMENT, HALF_AGREEMENT = 1e-3, 0.25
+"""Largest difference of logits, relative to their spread, at which `can_share` says yes; in half precision the second.
+Seen with SmolLM2-135M: 3e-5 and 0.08 when all is well, 0.55 and more when rows miss their prompt or a token of theirs.
+"""
+
 LEAVE = 0.25
-"""Finished answers leave the batch when they are this fraction of it: leaving copies the cache."""
+"""Finished answers leave `RepeatedPrompts` when they are this fraction of its rows: leaving copies the cache."""
 
 BATCHABLE = {DynamicLayer, DynamicSlidingWindowLayer}
 """Cache layers whose rows can be padded on the left, repeated and selected."""
@@ -36,23 +55,20 @@ BATCHABLE = {DynamicLayer, DynamicSlidingWindowLayer}
 
 @dataclass
 class _Answer:
-    """One answer while it is being sampled."""
+    """One answer while it is being sampled. `prompt` is its place in the request, `uniforms` one number a token."""
 
-    prompt: Prompt
+    prompt: int
     k: int
+    uniforms: np.ndarray
     token_ids: list[int] = field(default_factory=list)
-    logp: float = 0.0
-    finish_reason: FinishReason = "length"
-
-    @property
-    def is_open(self) -> bool:
-        return self.finish_reason == "length"
+    logps: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
 
 class TransformersEngine:
     """An `Engine` over a causal language model in this process.
 
-    `batch_size`: answers that are decoded at once. The same batches are formed from the same prompts, always.
+    `batch_size`: answers that are decoded at once.
     """
 
     def __init__(self, model: "PreTrainedModel", chat: ChatFormat, *, batch_size: int = 64) -> None:
@@ -64,13 +80,30 @@ class TransformersEngine:
                 f"{type(model).__name__} keeps a state that padding would change "
                 f"({', '.join(sorted(kind.__name__ for kind in others))}); use a model with attention layers only"
             )
-        self.model = model
         self.chat = chat
         self.batch_size = batch_size
+        self.tolerance: float | None = HALF_TOLERANCE if model.dtype in HALF else TOLERANCE
+        self._model: PreTrainedModel | None = model
+        self._can_share: bool | None = None
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model. Raises EngineError when the engine is closed."""
+        if self._model is None:
+            raise EngineError("this engine was closed and its model given back; make a new one to sample again")
+        return self._model
+
+    def close(self) -> None:
+        self._model = None
 
     def prompt_lengths(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[int]:
         return [len(ids) for ids in self._prompt_ids(prompts, sampling)]
 
+    def _prompt_ids(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+        return checked_prompt_ids(self.chat, prompts, sampling, context_length(self.model))
+
+    @torch.inference_mode()
+    @reused_memory()
     def sample(
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, advance: Advance = ignore
     ) -> list[Group]:
@@ -78,105 +111,158 @@ class TransformersEngine:
         if self.model.training:
             raise InputError("the model is in training mode, so dropout would change the answers; call model.eval()")
         prompt_ids = self._prompt_ids(prompts, sampling)
-        responses: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
-        for shard in shards([len(ids) for ids in prompt_ids], k, self.batch_size):
-            for start in range(0, k, self.batch_size):
-                part = range(start, min(k, start + self.batch_size))
-                answers = [_Answer(prompts[i], number) for i in shard for number in part]
-                self._decode([prompt_ids[i] for i in shard], answers, sampling, seed, advance)
-                for answer in answers:
-                    responses[answer.prompt.id].append(self._response(answer))
-        return [Group(prompt=prompt, responses=tuple(responses[prompt.id])) for prompt in prompts]
+        if not prompts:
+            return []
+        answers = [
+            [_Answer(i, number, uniforms(seed, prompt.id, number, sampling.max_new_tokens)) for number in range(k)]
+            for i, prompt in enumerate(prompts)
+        ]
+        # Longest first: prompts that are held together are of similar length, and buffers have their size at once.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_ids[i]), i))
+        waiting = deque(answer for i in order for answer in answers[i])
+        self._decode(self._batch(prompt_ids, len(waiting)), waiting, prompts, sampling, advance)
+        return [
+            Group(prompt=prompt, responses=tuple(self._response(answer) for answer in of_prompt))
+            for prompt, of_prompt in zip(prompts, answers, strict=True)
+        ]
 
-    def _prompt_ids(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
-        context = context_length(self.model)
-        prompt_ids = [self.chat.prompt_ids(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            check_prompt_length(ids, sampling.max_new_tokens, context, prompt)
-        return prompt_ids
+    def _batch(self, prompt_ids: Sequence[Sequence[int]], answers: int) -> RunningBatch:
+        if self._can_share is None:
+            self._can_share = can_share(self.model, min(prompt_ids, key=len))
+        kind = SharedPrompts if self._can_share else RepeatedPrompts
+        return kind(self.model, prompt_ids, capacity=min(self.batch_size, answers))
+
+    def _decode(
+        self,
+        batch: RunningBatch,
+        waiting: deque[_Answer],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        advance: Advance,
+    ) -> None:
+        """Complete the answers that are waiting."""
+        rows: list[_Answer] = []
+        logits: list[Tensor] = []
+        while rows or waiting:
+            joining = [waiting.popleft() for _ in range(min(batch.room, len(waiting)))]
+            if joining:
+                rows += joining
+                logits.append(batch.join([answer.prompt for answer in joining]))
+            tokens, logps = draw(torch.cat(logits), self._numbers(rows), sampling)
+            for answer, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+                if answer.finish_reason is None:
+                    self._append(answer, token, logp, prompts[answer.prompt], sampling)
+                    if answer.finish_reason is not None:
+                        advance(1)
+            order = batch.keep([row for row, answer in enumerate(rows) if answer.finish_reason is None])
+            rows = [rows[row] for row in order]
+            logits = [batch.step(tokens[torch.tensor(order, device=tokens.device)])] if rows else []
+
+    def _numbers(self, rows: Sequence[_Answer]) -> Tensor:
+        """[R] uniform numbers, in float64, for the next tokens; in float32 (still below 1) on MPS, which lacks it."""
+        # A row that has finished and not left has no number for its next token; what it draws is not looked at.
+        numbers = torch.tensor(
+            [answer.uniforms[min(len(answer.token_ids), len(answer.uniforms) - 1)] for answer in rows],
+            dtype=torch.float64,
+        )
+        if self.model.device.type != "mps":
+            return numbers.to(self.model.device)
+        below_one = 1 - torch.finfo(torch.float32).eps / 2
+        return numbers.float().clamp(max=below_one).to(self.model.device)
+
+    def _append(self, answer: _Answer, token: int, logp: float, prompt: Prompt, sampling: Sampling) -> None:
+        if not math.isfinite(logp):
+            raise EngineError(
+                f"the model's logits for token {len(answer.token_ids)} of answer {answer.k} to prompt "
+                f"{prompt.id!r} are not finite; its weights are damaged or overflow in {self.model.dtype} "
+                "(try float32)"
+            )
+        answer.token_ids.append(token)
+        answer.logps.append(round(logp, 6))
+        if ends(self.chat, answer.token_ids, sampling):
+            answer.finish_reason = "stop"
+        elif len(answer.token_ids) == sampling.max_new_tokens:
+            answer.finish_reason = "length"
 
     def _response(self, answer: _Answer) -> Response:
         return Response(
             text=self.chat.decode(answer.token_ids),
             token_ids=tuple(answer.token_ids),
             finish_reason=answer.finish_reason,
-            sampling_logp=answer.logp,
+            sampling_logps=tuple(answer.logps),
         )
 
-    @torch.inference_mode()
-    def _decode(
-        self, prompt_ids: list[list[int]], answers: list[_Answer], sampling: Sampling, seed: int, advance: Advance
-    ) -> None:
-        """Complete `answers`, which are in the order of the prompts, equally many for each."""
-        device, limit = self.model.device, sampling.max_new_tokens
-        numbers = _to_device(np.stack([uniforms(seed, a.prompt.id, a.k, limit) for a in answers]), device)
-        input_ids, keep_mask, positions = _left_padded(prompt_ids, limit, device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(input_ids, keep_mask[:, : input_ids.shape[1]], positions, cache)
 
-        repeats = len(answers) // len(prompt_ids)
-        cache.batch_repeat_interleave(repeats)
-        logits, keep_mask = logits.repeat_interleave(repeats, 0), keep_mask.repeat_interleave(repeats, 0)
-        positions = positions[:, -1:].repeat_interleave(repeats, 0)
-        rows = answers
-        for step in range(limit):
-            tokens, logps = draw(logits, numbers[:, step], sampling)
-            for answer, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
-                if answer.is_open:
-                    self._append(answer, token, logp, advance)
-            still_open = [row for row, answer in enumerate(rows) if answer.is_open]
-            if not still_open or step + 1 == limit:
-                break
-            if len(still_open) <= (1 - LEAVE) * len(rows):
-                index = torch.tensor(still_open, device=device)
-                cache.batch_select_indices(index)
-                tokens, keep_mask, positions, numbers = (x[index] for x in (tokens, keep_mask, positions, numbers))
-                rows = [rows[row] for row in still_open]
-            positions = positions + 1
-            seen = keep_mask[:, : input_ids.shape[1] + step + 1]
-            logits = self._forward(tokens[:, None], seen, positions, cache)
-        advance(sum(answer.is_open for answer in answers))
+class RepeatedPrompts:
+    """A `RunningBatch` over transformers' DynamicCache, with a copy of its prompt in every row.
 
-    def _append(self, answer: _Answer, token: int, logp: float, advance: Advance) -> None:
-        if not math.isfinite(logp):
-            raise EngineError(
-                f"the model's logits for token {len(answer.token_ids)} of answer {answer.k} to prompt "
-                f"{answer.prompt.id!r} are not finite; its weights are damaged or overflow in {self.model.dtype} "
-                "(try float32)"
-            )
-        answer.token_ids.append(token)
-        answer.logp += logp
-        if token in self.chat.stop_token_ids:
-            answer.finish_reason = "stop"
-            advance(1)
+    For models that `can_share` says no to: with windows, or attention that cannot be exchanged. Answers start together,
+    when all of the last ones have left.
+    """
 
-    def _forward(self, input_ids: Tensor, keep_mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [R, V] after the last token of every row; the cache grows by `input_ids`."""
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=keep_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+    def __init__(self, model: "PreTrainedModel", prompt_ids: Sequence[Sequence[int]], *, capacity: int) -> None:
+        self._model = model
+        self._prompt_ids = prompt_ids
+        self._capacity = capacity
+        self._begin()
+
+    def _begin(self) -> None:
+        self._cache = DynamicCache(config=self._model.config)
+        self._keep_mask = torch.zeros(0, 0, dtype=torch.long, device=self._model.device)
+        self._positions = self._keep_mask
+
+    @property
+    def room(self) -> int:
+        return 0 if len(self._keep_mask) else self._capacity
+
+    def join(self, prompts: Sequence[int]) -> Tensor:
+        distinct = list(dict.fromkeys(prompts))
+        logits, keep_mask, positions = prefill(self._model, [self._prompt_ids[i] for i in distinct], self._cache)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=logits.device)
+        self._cache.batch_select_indices(rows)
+        self._keep_mask, self._positions = keep_mask[rows], positions[rows, -1:]
+        return logits[rows]
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        if not rows:
+            self._begin()
+        elif len(rows) > (1 - LEAVE) * len(self._keep_mask):
+            return list(range(len(self._keep_mask)))
+        else:
+            index = torch.tensor(rows, device=self._keep_mask.device)
+            self._cache.batch_select_indices(index)
+            self._keep_mask, self._positions = self._keep_mask[index], self._positions[index]
+        return list(rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._positions = self._positions + 1
+        self._keep_mask = torch.cat([self._keep_mask, torch.ones_like(self._positions)], dim=1)
+        return forward(self._model, tokens[:, None], self._positions, self._cache, attention_mask=self._keep_mask)
 
 
-def _left_padded(prompt_ids: list[list[int]], limit: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [N, S], a mask [N, S + limit] that is 1 on real tokens and on answers to come, positions [N, S]."""
-    width = max(len(ids) for ids in prompt_ids)
-    padding = torch.tensor([width - len(ids) for ids in prompt_ids])[:, None]
-    # Id 0 is a token of every vocabulary; padding is masked, so which one does not matter.
-    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids])
-    columns = torch.arange(width + limit)[None]
-    positions = (columns[:, :width] - padding).clamp(min=0)
-    return input_ids.to(device), (columns >= padding).long().to(device), positions.to(device)
+def can_share(model: "PreTrainedModel", prompt_ids: Sequence[int]) -> bool:
+    """Whether `SharedPrompts` gives this model's own numbers: tried on answers to a prompt that join, leave and move.
 
-
-def _to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Uniform numbers in float64, or in float32 (still below 1) on MPS, which has no float64."""
-    if device.type != "mps":
-        return torch.from_numpy(numbers).to(device)
-    below_one = 1 - torch.finfo(torch.float32).eps / 2
-    return torch.from_numpy(numbers).float().clamp(max=below_one).to(device)
+    Layers that forget (sliding windows) are not tried: a short trial would not show it.
+    """
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        return False
+    # A real prompt and the model's own tokens: on made-up ones rounding to bfloat16 alone moves logits beyond measure.
+    whole, half = list(prompt_ids), list(prompt_ids[: -(-len(prompt_ids) // 2)])
+    batch = SharedPrompts(model, [whole, half], capacity=3)
+    try:
+        first = batch.join([0, 0, 1]).topk(3).indices.diagonal()
+        logits = batch.step(first)
+        order = batch.keep([1, 2])
+        second = torch.cat([logits[order], batch.join([1])]).argmax(dim=1)
+        found = batch.step(second).float()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    a, b = first.tolist(), second.tolist()
+    rows = [
+        torch.tensor([ids], device=model.device) for ids in ([*half, a[2], b[0]], [*whole, a[1], b[1]], [*half, b[2]])
+    ]
+    expected = torch.stack([model(input_ids=ids, use_cache=False).logits[0, -1] for ids in rows]).float()
+    spread = expected - expected.mean(dim=1, keepdim=True)
+    agreement = HALF_AGREEMENT if model.dtype in HALF else AGREEMENT
+    return float((found - expected).norm() / spread.norm()) <= agreement

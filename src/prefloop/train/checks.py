@@ -1,6 +1,6 @@
 """What training checks about itself in its first steps. CheckFailed says what was seen, expected, and to be changed.
 
-Two further ones are made where their figures are: the sampler against the trainer (`prefloop.feedback.implicit_reward`)
+Two further ones are made where their figures are: the sampler against the trainer (`prefloop.sample.handover`)
 and the shared path against the plain forward (`prefloop.train.logprobs.choose_path`).
 """
 

@@ -9,6 +9,7 @@ logits (`prefloop.train.head`).
 Legend: B rows, R responses, T predicted response tokens, S tokens of a row, D hidden size.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -84,7 +85,7 @@ def rows(groups: Sequence[TokenGroup], token_budget: int, *, path: Path = "share
 
 
 def _width(groups: Sequence[TokenGroup]) -> int:
-    return max(len(group.prompt_ids) + len(response) for group in groups for response in group.responses)
+    return max((len(group.prompt_ids) + len(response) for group in groups for response in group.responses), default=0)
 
 
 def _shared_hidden(
@@ -135,7 +136,8 @@ def _decoder(model: "PreTrainedModel") -> Any:
 
 
 def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple[Path, str]:
-    """The path for this model on these groups, proven on a few rows, and one line that says why.
+    """The path for this model on these groups (none yet, where they are sampled later), proven on a few rows, and one
+    line that says why.
 
     The shared path is taken when the plain forward, one response at a time, agrees with it. What short rows cannot
     show is read from the configuration: a window of positions that is shorter than the longest of `groups`, and layers
@@ -146,16 +148,32 @@ def choose_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple
     if obstacle:
         return "padded", obstacle
     _check_head(model)
-    shortest = min(groups, key=lambda group: group.tokens)
+    shortest = sorted(groups, key=lambda group: group.tokens)[:1]
+    theirs = [TokenGroup(group.prompt_ids, group.responses[:2]) for group in shortest]
     try:
-        difference, responses = _disagreement(
-            model, [*_PROBES, TokenGroup(shortest.prompt_ids, shortest.responses[:2])]
-        )
+        difference, responses = _disagreement(model, [*_PROBES, *theirs])
     except (RuntimeError, TypeError, ValueError) as error:
         return "padded", f"padded: the shared path does not run on this model ({type(error).__name__}: {error})"
     if not difference <= 1e-5:
         return "padded", f"padded: the shared path differs from the plain forward by {difference:.1e} (relative)"
     return "shared", f"shared prefix, equal to the plain forward to {difference:.0e} on {responses} responses"
+
+
+_PROVEN: dict[str, tuple[Path, str]] = {}
+
+
+def known_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple[Path, str]:
+    """`choose_path`, proven once in a process for all weights of one class and configuration, which alone make the
+    paths differ: two models of a score, and those of every round, need one proof.
+    """
+    obstacle = config_obstacle(model, groups)
+    if obstacle:
+        return "padded", obstacle
+    described = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    kind = f"{type(model).__qualname__} on {model.device.type}: {json.dumps(described, sort_keys=True, default=str)}"
+    if kind not in _PROVEN:
+        _PROVEN[kind] = choose_path(model, groups)
+    return _PROVEN[kind]
 
 
 def config_obstacle(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> str | None:

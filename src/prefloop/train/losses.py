@@ -3,6 +3,7 @@
 Legend: B pairs. All log-probabilities are summed over response tokens, in nats.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -44,6 +45,52 @@ def dpo(
     """
     margin = beta * logps.h
     return weight * (-p * logsigmoid(margin) - (1.0 - p) * logsigmoid(-margin))
+
+
+def ipo(
+    logps: PairLogps,
+    *,
+    beta: float = 1.0,
+    p: float | Float[Tensor, " B"] = 1.0,
+    weight: float | Float[Tensor, " B"] = 1.0,
+) -> Float[Tensor, " B"]:
+    """Identity preference optimisation (Azar et al. 2024, Eq. 17; OAIF Eq. 2), on log-probabilities summed over tokens.
+
+        loss = p (h - 1 / (2 beta))^2 + (1 - p) (h + 1 / (2 beta))^2
+
+    `beta` is the paper's tau: h is pulled to 1 / (2 beta) and not beyond. 1 / (4 beta^2) at h = 0; slope -1 / beta
+    times (2 p - 1). OAIF uses 1.0.
+    """
+    h, target = logps.h, 1.0 / (2.0 * beta)
+    return weight * (p * (h - target) ** 2 + (1.0 - p) * (h + target) ** 2)
+
+
+def slic(
+    logps: PairLogps,
+    *,
+    beta: float = 0.002,
+    p: float | Float[Tensor, " B"] = 1.0,
+    weight: float | Float[Tensor, " B"] = 1.0,
+) -> Float[Tensor, " B"]:
+    """The hinge of SLiC (Zhao et al. 2023) on the log-ratio, without its likelihood term (OAIF Eq. 3).
+
+        loss = p max(0, 1 - beta h) + (1 - p) max(0, 1 + beta h)
+
+    1 at h = 0, slope -beta (2 p - 1) there. It stops at h = 1 / beta: 500 nats with OAIF's 0.002.
+    """
+    margin = beta * logps.h
+    return weight * (p * (1.0 - margin).clamp(min=0) + (1.0 - p) * (1.0 + margin).clamp(min=0))
+
+
+class PairLoss(NamedTuple):
+    """A pairwise loss with the beta of its paper; the betas of two losses are different knobs."""
+
+    function: Callable[..., Tensor]
+    beta: float
+
+
+LOSSES = {"dpo": PairLoss(dpo, 0.1), "ipo": PairLoss(ipo, 1.0), "slic": PairLoss(slic, 0.002)}
+"""Losses by the name that `--loss` takes."""
 
 
 class PairMetrics(NamedTuple):

@@ -29,7 +29,7 @@ from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Stage, environment
 from prefloop.train.checks import check_finite
 from prefloop.train.config import Compute
-from prefloop.train.logprobs import choose_path, response_logps, rows
+from prefloop.train.logprobs import known_path, response_logps, rows
 from prefloop.train.memory import reused_memory
 from prefloop.train.packing import TokenGroup, split
 
@@ -98,7 +98,7 @@ def model_pass(
     A group that is larger than the budget goes through in pieces, its prompt with each.
     """
     dtype = choose_dtype(compute, model.device.type)
-    path, why = choose_path(model, groups)
+    path, why = known_path(model, groups)
     stage.event("path", model=name, path=path, why=why)
     owners, pieces = zip(*split(groups, compute.tokens_per_forward, shared=path == "shared"), strict=True)
     finished = stage.scratch / f"{part}.jsonl" if stage.scratch else None

@@ -1,0 +1,143 @@
+"""A model in training that is sampled from between its steps: the current weights, always.
+
+The sampler is the transformers engine over the model itself, or over a copy in bfloat16 whose weights are written anew
+before every call where sampling in half precision is faster. The reference is the model as it was at the start: kept
+as a second model, or had from the model in training with its adapter switched off.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from prefloop.errors import CheckFailed
+from prefloop.models import choose_device, choose_sampling_dtype, load_model
+from prefloop.records import Group, Pair, Prompt
+from prefloop.run import Stage
+from prefloop.sample.sampling import Sampling
+from prefloop.sample.transformers import TransformersEngine
+from prefloop.train.learner import Learner
+from prefloop.train.logprobs import response_logps, rows
+from prefloop.train.packing import TokenGroup
+from prefloop.train.reference import model_pass, token_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class OnlineLearner:
+    """A `Learner` with a sampler over its current weights and a frozen reference, its start model.
+
+    `behaviour`: whose answers `sample` gives, the current model's or those of the start model (an offline baseline).
+    """
+
+    def __init__(self, learner: Learner, *, behaviour: Literal["current", "start"] = "current") -> None:
+        self.learner, self.behaviour = learner, behaviour
+        compute, policy = learner.compute, learner.policy
+        device = choose_device(compute.device)
+        dtype = choose_sampling_dtype(device) if compute.sampling_dtype == "auto" else compute.sampling_dtype
+        self.adapter = bool(learner.config.lora.rank)
+        self.reference = None if self.adapter else load_model(policy, device=device).requires_grad_(False)
+        self.copy = None if dtype == "float32" else load_model(policy, dtype=dtype, device=device)
+        self.engine = self._engine(self.copy if self.copy is not None else _base(learner.model))
+
+    def _engine(self, model: "PreTrainedModel") -> TransformersEngine:
+        return TransformersEngine(model, self.learner.chat, batch_size=self.learner.compute.sequences_per_batch)
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, current: bool = False
+    ) -> list[Group]:
+        """K answers to every prompt, of the current weights or as `behaviour` says; `current`: whatever it says."""
+        of_start = self.behaviour == "start" and not current
+        if self.copy is not None:
+            with self._switched_off() if of_start and self.adapter else nullcontext():
+                copy_weights(
+                    self.reference if of_start and self.reference is not None else _base(self.learner.model), self.copy
+                )
+            return self.engine.sample(prompts, k=k, sampling=sampling, seed=seed)
+        if of_start and self.reference is not None:
+            return self._engine(self.reference).sample(prompts, k=k, sampling=sampling, seed=seed)
+        with self._switched_off() if of_start else nullcontext():
+            return self.engine.sample(prompts, k=k, sampling=sampling, seed=seed)
+
+    def _switched_off(self) -> AbstractContextManager[None]:
+        """The start model, as the model in training with its adapter off."""
+        return self.learner.model.disable_adapter()
+
+    def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs with the log-probabilities of the start model."""
+        groups = self.learner.tokenise(pairs)
+        found = self.reference_logps(groups)
+        return [
+            pair.model_copy(update={"reference_logps": (a, b), "reference": self.learner.policy.fingerprint})
+            for pair, (a, b) in zip(pairs, found, strict=True)
+        ]
+
+    def reference_logps(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """Summed log-probabilities under the start model, in nats, response by response."""
+        learner = self.learner
+
+        def under(model: Any) -> list[list[float]]:
+            return model_pass(
+                groups, model, "the reference", compute=learner.compute, part="reference", stage=Stage.detached()
+            ).sums
+
+        if self.reference is not None:
+            return under(self.reference)
+        with self._switched_off():
+            return under(learner.model)
+
+    @torch.no_grad()
+    def drift(self, groups: Sequence[Group]) -> tuple[list[float], list[float]]:
+        """Of every response, a token: log pi - log pi_start, whose mean over own samples estimates the KL divergence;
+        and |log p(sampler) - log pi| of its tokens.
+        """
+        learner = self.learner
+        items = [token_group(learner.chat, group.prompt, group.responses) for group in groups]
+        reference = self.reference_logps(items)
+        drift, gap = [], []
+        for row in rows(items, learner.compute.tokens_per_forward, path=learner.path):
+            logps = response_logps(learner.model, [items[i] for i in row], path=learner.path, dtype=learner.dtype)
+            parts = iter(zip(logps.sums.tolist(), logps.tokens.split(logps.counts.tolist()), strict=True))
+            for i in row:
+                for response, base in zip(groups[i].responses, reference[i], strict=True):
+                    total, tokens = next(parts)
+                    drift.append((total - base) / response.length_tokens)
+                    if response.sampling_logps:
+                        gap += (tokens.cpu() - torch.tensor(response.sampling_logps)).abs().tolist()
+        return drift, gap
+
+    def check_sampler(self, groups: Sequence[Group]) -> float:
+        """Mean gap between sampler and trainer, in nats a token. Raises CheckFailed beyond the engine's tolerance."""
+        _, gaps = self.drift(groups)
+        mean = sum(gaps) / len(gaps)
+        if not mean <= self.engine.tolerance:
+            raise CheckFailed(
+                f"the sampler's log-probabilities of its own tokens differ from the trainer's by {mean:.4f} nats a "
+                f"token on average, at most {self.engine.tolerance} expected; try --compute.sampling-dtype float32"
+            )
+        return mean
+
+
+def _base(model: Any) -> "PreTrainedModel":
+    """The transformers model, through a LoRA wrapper; its layers carry the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def copy_weights(source: "PreTrainedModel", target: "PreTrainedModel") -> None:
+    """Write the weights of `source`, adapters added in, into `target` of the same architecture and any precision.
+
+    `source` is left as it is: merging an adapter and taking it out again would not give back the same bits.
+    """
+    weights = dict(target.named_parameters())
+    for name, weight in source.named_parameters():
+        if name in weights:
+            weights[name].copy_(weight)
+    for name, module in source.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            adapted: Any = module
+            for adapter in () if adapted.disable_adapters else adapted.active_adapters:
+                delta = adapted.get_delta_weight(adapter)
+                weights[f"{name}.weight"].copy_(adapted.base_layer.weight + delta)

@@ -1,0 +1,67 @@
+"""The gap between the sampler's log-probabilities and the trainer's, against the definition."""
+
+import numpy as np
+import pytest
+
+from prefloop.errors import CheckFailed
+from prefloop.records import Group, Response
+from prefloop.sample.handover import Gap, check, measure
+from prefloop.train.config import Compute
+from tests.sample.engines import CHAT, PROMPTS, plain_logps, stopping_folder, stopping_llama
+
+COMPUTE = Compute(device="cpu", dtype="float32")
+
+
+def group(prompt: int, texts: list[str], logps: list[tuple[float, ...]] | None = None) -> Group:
+    ids = [tuple(CHAT.response_ids(text)) for text in texts]
+    given = logps or [None] * len(texts)
+    responses = [Response(text=t, token_ids=i, sampling_logps=p) for t, i, p in zip(texts, ids, given, strict=True)]
+    return Group(prompt=PROMPTS[prompt], responses=tuple(responses))
+
+
+def trainer_logps(groups: list[Group]) -> list[tuple[float, ...]]:
+    """Per token, from the summed log-probabilities of every prefix by a plain forward."""
+    found = []
+    for one in groups:
+        for response in one.responses:
+            ids = response.token_ids or ()
+            prefixes = tuple(Response(text="", token_ids=ids[:n]) for n in range(1, len(ids) + 1))
+            sums = plain_logps(stopping_llama(), [one.model_copy(update={"responses": prefixes})])
+            found.append(tuple(np.diff([0.0, *sums]).tolist()))
+    return found
+
+
+def claimed(offsets: list[float]) -> list[Group]:
+    """Groups whose sampler claims the trainer's log-probabilities plus an offset, alternating along the tokens."""
+    plain = [group(0, ["red", "blue green"]), group(3, ["tea"])]
+    logps = [tuple(x + offsets[i % len(offsets)] for i, x in enumerate(row)) for row in trainer_logps(plain)]
+    return [group(0, ["red", "blue green"], logps[:2]), group(3, ["tea"], logps[2:])]
+
+
+def test_the_gap_is_that_of_every_token() -> None:
+    gap = measure(stopping_folder(), claimed([0.3, -0.1]), compute=COMPUTE, device="cpu", answers=10, seed=0)
+    assert gap is not None
+    # "red" and end, "blue green" and end, "tea" and end: 4, 11 and 4 tokens, the first of each off by 0.3.
+    offsets = [0.3, -0.1] * 2 + [0.3, -0.1] * 5 + [0.3] + [0.3, -0.1] * 2
+    assert gap.tokens == 19
+    assert gap.mean == pytest.approx(np.mean(np.abs(offsets)), abs=1e-4)
+    assert gap.kl == pytest.approx(np.mean(offsets), abs=1e-4)
+    assert gap.p99 == pytest.approx(0.3, abs=1e-4)
+
+
+def test_no_more_answers_than_asked_for_are_looked_at() -> None:
+    gap = measure(stopping_folder(), claimed([0.0]), compute=COMPUTE, device="cpu", answers=1, seed=0)
+    assert gap is not None and gap.tokens in (4, 11) and gap.mean < 1e-5
+
+
+def test_an_engine_without_log_probabilities_has_no_gap() -> None:
+    assert measure(stopping_folder(), [group(0, ["red"])], compute=COMPUTE, device="cpu", answers=9, seed=0) is None
+
+
+@pytest.mark.parametrize("mean", [0.021, float("nan")])
+def test_beyond_the_tolerance_the_run_stops(mean: float) -> None:
+    check(Gap(0.02, 0.1, 0.0, 7), 0.02, engine="openvino", policy="m")
+    with pytest.raises(
+        CheckFailed, match=r"'openvino' does not sample from m: .* over 7 tokens, at most 0.02 expected"
+    ):
+        check(Gap(mean, 0.1, 0.0, 7), 0.02, engine="openvino", policy="m")
