@@ -13,7 +13,8 @@ answers (which agree, then), the share of alarms at the level 0.05 is counted.
 top-k that leaks in, and an end token that is not heeded.
 
 Every engine has a seed of its own: with the reference's, the transformers engine would give the reference's answers.
-All answers are kept in the run folder `--out`: the same command continues, and other `--engines` are added.
+All answers are kept in the run folder `--out`: the same command continues, and other `--engines` are added. What an
+engine's code does is not part of their key, so after a change to an engine give a new `--out`.
 Prints, last, one line of JSON. It exits with status 1 when an engine disagrees or a fault is not caught.
 """
 
@@ -80,24 +81,35 @@ class DistributionConfig(Config):
 
 
 def sampled(
-    policy: ModelRef, *, engine: str, dtype: str, k: int, sampling: Sampling, seed: int, server: Server, stage: Stage
+    policy: ModelRef,
+    prompts: Sequence[Prompt],
+    *,
+    engine: str,
+    dtype: str,
+    k: int,
+    sampling: Sampling,
+    seed: int,
+    server: Server,
+    stage: Stage,
 ) -> list[Group]:
     """Stage: k answers of an engine to every prompt."""
     log = stage.scratch / "server.log" if stage.scratch else None
     loaded = load_engine(engine, policy, EngineSetting(dtype, "cpu", BATCH_SIZE, server, log))
     try:
-        with stage.progress(k * len(PROMPTS), unit="answers") as advance:
-            return loaded.sample(PROMPTS, k=k, sampling=sampling, seed=seed, advance=advance)
+        with stage.progress(k * len(prompts), unit="answers") as advance:
+            return loaded.sample(prompts, k=k, sampling=sampling, seed=seed, advance=advance)
     finally:
         loaded.close()
 
 
-def sampled_deaf(policy: ModelRef, *, dtype: str, k: int, sampling: Sampling, seed: int) -> list[Group]:
+def sampled_deaf(
+    policy: ModelRef, prompts: Sequence[Prompt], *, dtype: str, k: int, sampling: Sampling, seed: int
+) -> list[Group]:
     """Stage: answers of an engine that knows no end token, and samples on past it."""
     chat = ChatFormat(load_tokenizer(policy))
     chat.stop_token_ids = frozenset()
     engine = TransformersEngine(load_model(policy, dtype=dtype), chat, batch_size=BATCH_SIZE)
-    return engine.sample(PROMPTS, k=k, sampling=sampling, seed=seed)
+    return engine.sample(prompts, k=k, sampling=sampling, seed=seed)
 
 
 def scored(groups: Sequence[Group], policy: ModelRef, *, compute: Compute, stage: Stage) -> list[Group]:
@@ -129,8 +141,8 @@ class Experiment:
     def sample(self, name: str, sampling: Sampling, *, engine: str = "transformers", dtype: str = "") -> list[Group]:
         """An engine's answers with their log-probabilities; `name` is of the files and the seed."""
         groups = self.run.stage(
-            f"{name}/groups", sampled, self.policy, engine=engine, dtype=dtype or self.config.dtype, k=self.k,
-            sampling=sampling, seed=self.seed(name), server=self.server if engine == "vllm" else Server(),
+            f"{name}/groups", sampled, self.policy, PROMPTS, engine=engine, dtype=dtype or self.config.dtype,
+            k=self.k, sampling=sampling, seed=self.seed(name), server=self.server if engine == "vllm" else Server(),
         )  # fmt: skip
         return self.scored(name, groups)
 
@@ -138,8 +150,8 @@ class Experiment:
         """As `sample`, of the engine that knows no end token."""
         name, sampling = f"faults/{DEAF}", Sampling(max_new_tokens=MAX_NEW_TOKENS)
         groups = self.run.stage(
-            f"{name}/groups", sampled_deaf, self.policy, dtype=self.config.dtype, k=self.k, sampling=sampling,
-            seed=self.seed(name),
+            f"{name}/groups", sampled_deaf, self.policy, PROMPTS, dtype=self.config.dtype, k=self.k,
+            sampling=sampling, seed=self.seed(name),
         )  # fmt: skip
         return self.scored(name, groups)
 

@@ -18,6 +18,7 @@ from prefloop.sample.engine import Engine
 from prefloop.sample.openvino import OpenVinoEngine
 from prefloop.sample.scripted import ScriptedEngine
 from prefloop.sample.transformers import TransformersEngine
+from tests.sample.loopback import server
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 CHAT = ChatFormat(tiny_tokenizer())
@@ -69,6 +70,7 @@ def openvino(batch_size: int) -> Engine:
 ENGINES: dict[str, Callable[[int], Engine]] = {
     "transformers": transformers,
     "openvino": openvino,
+    "server": server,
     "scripted": scripted,
 }
 

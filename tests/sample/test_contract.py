@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefloop.errors import InputError
+from prefloop.errors import InputError, PrefloopError
 from prefloop.records import Group, Prompt, Response
 from prefloop.sample.engine import Engine
 from prefloop.sample.sampling import Sampling
@@ -75,7 +75,9 @@ def test_a_stop_string_ends_an_answer_and_stays_in_it(engine: Engine, groups: li
     stopped = [response for response in found if response.text.endswith(letters)]
     assert stopped
     for response in found:
-        assert response.finish_reason == ("length" if response.length_tokens == 40 else "stop") or response in stopped
+        ended = response in stopped or (response.token_ids or ())[-1] in CHAT.stop_token_ids
+        assert response.finish_reason == ("stop" if ended else "length")
+        assert ended or response.length_tokens == 40
         assert not any(letter in response.text[:-1] for letter in letters)
 
 
@@ -114,7 +116,7 @@ def test_nothing_is_sampled_after_close(name: str) -> None:
     engine = ENGINES[name](4)
     engine.close()
     engine.close()
-    with pytest.raises(InputError, match="closed"):
+    with pytest.raises(PrefloopError, match="closed"):
         engine.sample(PROMPTS, k=1, sampling=SAMPLING, seed=3)
 
 

@@ -60,6 +60,34 @@ def _openvino_obstacle(policy: ModelRef, sampling: Sampling, setting: EngineSett
     return openvino_obstacle(policy, sampling, setting.device)
 
 
+def _vllm(policy: ModelRef, setting: EngineSetting) -> Engine:
+    from prefloop.sample.vllm import vllm_engine
+
+    return vllm_engine(
+        policy, _chat(policy), setting.server, dtype=setting.dtype, context=context_of(policy), log=setting.log
+    )
+
+
+def _vllm_obstacle(policy: ModelRef, sampling: Sampling, setting: EngineSetting) -> str | None:
+    from prefloop.sample.vllm import vllm_obstacle
+
+    return vllm_obstacle(setting.server, sampling)
+
+
+def _server(policy: ModelRef, setting: EngineSetting) -> Engine:
+    from prefloop.sample.server import ServerEngine
+
+    return ServerEngine(_chat(policy), setting.server, context=context_of(policy), dtype=setting.dtype)
+
+
+def _server_obstacle(policy: ModelRef, sampling: Sampling, setting: EngineSetting) -> str | None:
+    from prefloop.sample.server import sampling_obstacle
+
+    if not setting.server.url:
+        return "server.url is missing: name the server, such as http://127.0.0.1:8000/v1"
+    return sampling_obstacle(sampling)
+
+
 def _scripted(policy: ModelRef, setting: EngineSetting) -> Engine:
     from prefloop.sample.scripted import ScriptedEngine, echo
 
@@ -73,6 +101,8 @@ def _none(policy: ModelRef, sampling: Sampling, setting: EngineSetting) -> str |
 ENGINES: dict[str, EngineKind] = {
     "transformers": EngineKind(_transformers, _none),
     "openvino": EngineKind(_openvino, _openvino_obstacle),
+    "vllm": EngineKind(_vllm, _vllm_obstacle),
+    "server": EngineKind(_server, _server_obstacle),
     "scripted": EngineKind(_scripted, _none),
 }
 """Engines by the name that `--engine` takes."""

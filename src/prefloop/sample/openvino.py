@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from prefloop.data.chat import ChatFormat
-from prefloop.errors import EngineError, InputError
+from prefloop.errors import EngineError
 from prefloop.models import ModelRef, model_config
 from prefloop.progress import Advance, ignore
 from prefloop.records import Group, Prompt, Response
@@ -221,7 +221,7 @@ class OpenVinoEngine:
         import openvino_genai
 
         if not self._folder.is_dir():
-            raise InputError("this engine was closed; load another")
+            raise EngineError("this engine was closed; load another")
         if self._pipeline is None or blocks > self._blocks:
             scheduler = openvino_genai.SchedulerConfig()
             scheduler.num_kv_blocks = blocks
