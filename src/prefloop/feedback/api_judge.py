@@ -9,7 +9,7 @@ kept as it came, under its whole request, before the next is asked for: what was
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
@@ -19,7 +19,7 @@ from prefloop.errors import InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, in_both_orders
 from prefloop.feedback.answers import LabelMass, Said, by_probability, by_text, in_comparisons
 from prefloop.feedback.cache import JudgementCache
-from prefloop.feedback.chat_server import ChatCompletion, ChatServer, Patience, Refused, Stopped
+from prefloop.feedback.chat_server import ChatCompletion, ChatServer, Patience, Refused, Stopped, Usage
 from prefloop.feedback.estimate import Estimate, guessed_tokens
 from prefloop.feedback.instructions import Instruction, load_instruction
 from prefloop.feedback.meter import Meter, Prices
@@ -31,6 +31,8 @@ MAX_TOKENS = 16
 """Of an answer: a label, also in JSON or on a line of its own."""
 TOP = 20
 """Likeliest tokens that are asked for; the protocol's limit."""
+LEAST_LOGPROB = -9999.0
+"""What servers write for minus infinity, which JSON has not."""
 LEAST_MASS = 0.1
 """Of the labels among them. A label that is missing is then far less likely than the one that is there."""
 
@@ -81,6 +83,7 @@ class Answer(Record):
 
     @classmethod
     def of(cls, completion: ChatCompletion) -> "Answer":
+        """What a judge needs of an answer; where a token is listed twice, the likelier one counts."""
         if not completion.choices:
             return cls(fault="empty choices")
         choice = completion.choices[0]
@@ -90,10 +93,16 @@ class Answer(Record):
             return cls(fault="the judge refused to answer", final=True)
         tokens = (choice.logprobs.content if choice.logprobs else None) or []
         first = next((token for token in tokens if token.token.strip()), None)
-        top = {top.token: top.logprob for top in first.top_logprobs} if first and first.top_logprobs else None
+        likeliest_last = sorted(first.top_logprobs, key=lambda top: top.logprob) if first else []
+        top = {top.token: max(top.logprob, LEAST_LOGPROB) for top in likeliest_last} or None
         if not choice.message.content and not top:
             return cls(fault="empty answer")
         return cls(text=choice.message.content or "", top=top)
+
+    def redacted(self, redact: Callable[[str], str]) -> "Answer":
+        """Without the key, should a server have put it into its answer."""
+        top = None if self.top is None else {redact(token): logp for token, logp in self.top.items()}
+        return self.model_copy(update={"text": redact(self.text), "top": top})
 
     def said(self, instruction: Instruction) -> Said:
         """What it says of the two labels; a label in the text counts where the first token is none."""
@@ -139,10 +148,9 @@ class ApiJudge:
         def ask(different: Sequence[Comparison]) -> list[Judgement]:
             def first_slots(orders: Sequence[Comparison]) -> list[Judgement]:
                 texts = [self._text(order) for order in orders]
-                votes = range(max(1, self.decoding.votes))
-                questions = list(dict.fromkeys(Question(text, vote) for text in texts for vote in votes))
+                questions = list(dict.fromkeys(Question(text, vote) for text in texts for vote in self._votes))
                 said = self._ask(questions, in_comparisons(advance, len(different), len(questions)))
-                return [self._judgement([said[Question(text, vote)] for vote in votes]) for text in texts]
+                return [self._judgement([said[Question(text, vote)] for vote in self._votes]) for text in texts]
 
             return in_both_orders(first_slots, different)
 
@@ -151,3 +159,162 @@ class ApiJudge:
             self._warned = True
             self.stage.note(self.mass.warning(self.name))
         return judgements
+
+    def estimate(self, comparisons: Sequence[Comparison], prices: Prices) -> Estimate:
+        """What these comparisons would take, if every first answer is clear; nothing is asked."""
+        texts = [self._text(order) for comparison in comparisons for order in (comparison, comparison.swapped)]
+        questions = list(dict.fromkeys(Question(text, vote) for text in texts for vote in self._votes))
+        kept = self._kept(questions)
+        open_ones = [question for question in questions if self._known(question, kept) is None]
+        tokens_in = sum(guessed_tokens(question.text) for question in open_ones)
+        tokens_out = len(open_ones) * MAX_TOKENS
+        return Estimate(
+            annotator=self.name,
+            questions=len(questions),
+            cached=len(questions) - len(open_ones),
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            exact=False,
+            money=prices.cost(self.model, tokens_in, tokens_out),
+        )
+
+    @property
+    def _votes(self) -> range:
+        return range(max(1, self.decoding.votes))
+
+    def _text(self, order: Comparison) -> str:
+        """The message: a chat server opens the assistant's turn by itself, so the stub ends the user's."""
+        return f"{self.instruction.render(order)}\n\n{self.instruction.stub}".strip()
+
+    def _key(self, question: Question, attempt: int) -> str:
+        return self.cache.key("api", self.model, self.decoding.body(question.text, question.vote, attempt))
+
+    def _kept(self, questions: Sequence[Question]) -> dict[str, Answer]:
+        """Earlier answers to these questions by key, all attempts."""
+        keys = [self._key(question, attempt) for question in questions for attempt in range(self.decoding.tries)]
+        return {key: Answer.model_validate(value) for key, value in self.cache.get(keys).items()}
+
+    def _known(self, question: Question, kept: Mapping[str, Answer]) -> Said | None:
+        """What earlier answers say; None when another is to be asked for."""
+        said = None
+        for attempt in range(self.decoding.tries):
+            answer = kept.get(self._key(question, attempt))
+            if answer is None:
+                return None
+            said = answer.said(self.instruction)
+            if said.q is not None or answer.final:
+                break
+        return said
+
+    def _ask(self, questions: Sequence[Question], advance: Advance) -> dict[Question, Said]:
+        """What is said to every question, by earlier answers or by new ones, `concurrency` at once.
+
+        On an error the questions that are open at that moment are waited for, because they are paid for, and no other
+        is begun.
+        """
+        kept = self._kept(questions)
+        self.meter.add_hits(self.name, len(kept))
+        found = {question: said for question in questions if (said := self._known(question, kept)) is not None}
+        advance(len(found))
+        stop = Event()
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="prefloop-judge") as pool:
+            open_ones = {
+                pool.submit(self._settle, question, kept, stop): question
+                for question in questions
+                if question not in found
+            }
+            try:
+                for future in as_completed(open_ones):
+                    found[open_ones[future]] = future.result()
+                    advance(1)
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return found
+
+    def _settle(self, question: Question, kept: Mapping[str, Answer], stop: Event) -> Said:
+        """Ask until an answer is clear, or `tries` are not."""
+        said = Said(None, reason="not asked")
+        for attempt in range(self.decoding.tries):
+            key = self._key(question, attempt)
+            answer = kept.get(key) or self._send(question, attempt, key, stop)
+            said = answer.said(self.instruction)
+            if said.q is not None or answer.final:
+                break
+        return said
+
+    def _send(self, question: Question, attempt: int, key: str, stop: Event) -> Answer:
+        """One answer of the server, counted and kept. What the server does not take costs nothing and is not kept."""
+        if stop.is_set():
+            raise Stopped
+        body = self.decoding.body(question.text, question.vote, attempt)
+        held = self.meter.reserve(self.model, tokens_in=guessed_tokens(question.text), tokens_out=MAX_TOKENS)
+        try:
+            completion = self.server.complete(body, stop)
+        except Refused as refusal:
+            self.meter.release(held)
+            answer = Answer(fault=str(refusal), final=True)
+        except BaseException:
+            self.meter.release(held)
+            raise
+        else:
+            usage = completion.usage or Usage()
+            self.meter.add(self.name, 1, usage.prompt_tokens, usage.completion_tokens, self.model, held)
+            answer = Answer.of(completion).redacted(self.server.redacted)
+            self.cache.put({key: answer.model_dump(mode="json", exclude_none=True)})
+        self._count_fault(answer)
+        return answer
+
+    def _count_fault(self, answer: Answer) -> None:
+        reason = answer.said(self.instruction).reason
+        if reason:
+            self.meter.add_fault(self.name, f"malformed: {reason}" if not answer.final else reason)
+        elif answer.top is None and not self.decoding.votes:
+            self.meter.add_fault(self.name, "without log-probabilities")
+
+    def _judgement(self, said: Sequence[Said]) -> Judgement:
+        """Of all votes on one order: the mean of those that are clear, if they are more than half."""
+        for mass in (one.mass for one in said if one.mass is not None):
+            self.mass.add(mass)
+        clear = [one.q for one in said if one.q is not None]
+        if 2 * len(clear) <= len(said):
+            [(reason, _)] = Counter(one.reason for one in said if one.reason).most_common(1)
+            return abstention(reason)
+        return Judgement(p=self.instruction.p_first(sum(clear) / len(clear)))
+
+
+def load_api_judge(
+    model: str,
+    *,
+    instruction: str,
+    base_url: str,
+    api_key_env: str = "OPENAI_API_KEY",
+    cache: JudgementCache,
+    meter: Meter,
+    concurrency: int = 16,
+    patience: Patience | None = None,
+    decoding: Decoding | None = None,
+    stage: Stage | None = None,
+) -> ApiJudge:
+    """The judge that a server's model is under an instruction (a packaged name or a file). Nothing is sent yet.
+
+    Raises InputError for what cannot be used, and where the package openai is missing.
+    """
+    name = f"api:{model}"
+    server = ChatServer(
+        base_url,
+        model,
+        api_key_env=api_key_env,
+        patience=patience or Patience(),
+        on_fault=lambda kind: meter.add_fault(name, kind),
+    )
+    return ApiJudge(
+        server,
+        load_instruction(instruction),
+        decoding=decoding or Decoding(),
+        concurrency=concurrency,
+        cache=cache,
+        meter=meter,
+        stage=stage,
+    )

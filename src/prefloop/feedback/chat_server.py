@@ -8,8 +8,10 @@ not of the protocol. The client's own retries are off: they would not be counted
 import os
 import random
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from threading import Event
 from typing import Any
 
@@ -22,14 +24,16 @@ from prefloop.sample.server import _client
 FIRST_RETRIES = 2
 """A server that has never answered is probably not there: its connections are tried again no more often than this."""
 AGAIN = (408, 409, 429)
-TOO_LONG = re.compile(r"context.{0,20}(length|window|size)|maximum.{0,20}(length|tokens)|too long|too many tokens", re.I)
+TOO_LONG = re.compile(
+    r"context.{0,20}(length|window|size)|maximum.{0,20}(length|tokens)|too long|too many tokens", re.I
+)
 
 
 class TopLogprob(BaseModel):
-    """One of the likeliest tokens. Never above 0, but for rounding."""
+    """One of the likeliest tokens."""
 
     token: str
-    logprob: float = Field(le=1e-3, allow_inf_nan=False)
+    logprob: float = Field(le=1e-3, description="never above 0, but for rounding; minus infinity is probability 0")
 
 
 class TokenLogprobs(TopLogprob):
@@ -173,7 +177,9 @@ class ChatServer:
             return _Failure(f"status {status}", f"{status}: {said}", _retry_after(error.response.headers))
         if "content_filter" in (error.code or "") or "content_policy" in (error.code or ""):
             return Refused("refused by the server's content filter")
-        if status == 413 or (status in (400, 422) and (error.code == "context_length_exceeded" or TOO_LONG.search(said))):
+        if status == 413 or (
+            status in (400, 422) and (error.code == "context_length_exceeded" or TOO_LONG.search(said))
+        ):
             return Refused("longer than the judge's context")
         if status == 404:
             return InputError(
@@ -181,10 +187,8 @@ class ChatServer:
                 "begins, as in http://127.0.0.1:8000/v1"
             )
         return InputError(
-            f"{asked} does not take the request ({status}: {said}); choose another model, or leave out what it does "
-            "not know: votes = 1 asks for no log-probabilities, extra = {{'NAME': None}} leaves a field out".replace(
-                "{{", "{"
-            ).replace("}}", "}")
+            f"{asked} does not take the request ({status}: {said}); choose another model, or change the request: "
+            "votes = 1 asks for no log-probabilities, and a None in extra leaves a field out"
         )
 
     def _retries(self, failure: "_Failure") -> int:
@@ -214,12 +218,13 @@ class _Failure(Exception):
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks to wait: a number of them, or of milliseconds. Dates are rare and not read."""
+    """Seconds that a server asks to wait: a number of them, or of milliseconds, or a date."""
     for header, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(header, "")
         if re.fullmatch(r"\d{1,9}(\.\d*)?", text):
             return float(text) / unit
-    return None
+    date = parsedate_tz(headers.get("retry-after", ""))
+    return None if date is None else max(0.0, mktime_tz(date) - time.time())
 
 
 def checked_url(base_url: str) -> str:

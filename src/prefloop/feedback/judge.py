@@ -188,9 +188,7 @@ def label_ids(chat: ChatFormat, instruction: Instruction) -> tuple[Ids, tuple[in
     The stub alone may be written otherwise: in many tokenizers its last space belongs to the label.
     Raises InputError when a label is more than one token there, or nothing tells the two apart.
     """
-    first, second = (
-        chat.response_ids(instruction.stub + label, finished=False) for label in instruction.labels
-    )
+    first, second = (chat.response_ids(instruction.stub + label, finished=False) for label in instruction.labels)
     shared = next((i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), None)
     fix = f"choose other labels or another stub in instruction {instruction.name}, such as 1 and 2"
     if shared is None:

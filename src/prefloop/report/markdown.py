@@ -23,6 +23,7 @@ def write_report(story: Story) -> Path:
         _what(story),
         "## Figures by round\n\n" + markdown_table(story),
         *(["## Curves\n\n" + "\n\n".join(plots)] if plots else []),
+        _win_rates(story),
         _readings(story),
         _before_and_after(story.rounds, shown),
         _counts(story),
@@ -47,6 +48,41 @@ def _what(story: Story) -> str:
         ("stages, hashes, versions", "manifest.json"),
     ]
     return "\n".join(f"- {name}: `{value}`" for name, value in rows if value not in (None, ""))
+
+
+def _win_rates(story: Story) -> str:
+    """The evaluations of an online method: by whom, against whom, and what drifted meanwhile."""
+    rows = [(row["step"], row["evaluation"]) for r in story.rounds for row in r.training if "evaluation" in row]
+    if not rows:
+        return ""
+    judges = {
+        "evaluator": story.config.get("evaluator") or story.config.get("annotator"),
+        "annotator": story.config.get("annotator"),
+    }
+    lines = [
+        f"| {step} | {_rate(found['against_start'])} | {_rate(found['against_start_by_the_annotator'])} "
+        f"| {_rate(found['against_previous'])} | {found['length_chars'][0]:.0f} | {found['kl_per_token'][0]:.4f} |"
+        for step, found in rows
+    ]
+    return "\n".join([
+        "## Win rates",
+        "",
+        f"On held-out prompts, with 95 % intervals. The evaluator is `{judges['evaluator']}`, the annotator that "
+        f"trains `{judges['annotator']}`.",
+        "",
+        "| step | against the start, evaluator | against the start, annotator "
+        "| against the evaluation before, evaluator | characters | KL a token |",
+        "|---:|---|---|---|---:|---:|",
+        *lines,
+    ])  # fmt: skip
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if found["rate"] is None:
+        return f"none ({found['abstained']} abstained)"
+    value, low, high = found["rate"]
+    abstained = f", {found['abstained']} abstained" if found["abstained"] else ""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]{abstained}"
 
 
 def _readings(story: Story) -> str:

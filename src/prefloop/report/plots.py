@@ -33,7 +33,7 @@ def plot_alpha(story: Story, file: Path) -> bool:
 
 def plot_training(story: Story, file: Path) -> bool:
     """Loss, margin and log-probability changes by step, rounds one after another. False when nothing was trained."""
-    rounds = [round for round in story.rounds if round.training]
+    rounds = [round for round in story.rounds if any("loss" in row for row in round.training)]
     if not rounds:
         return False
     figure, axes = _axes(3)
