@@ -1,6 +1,7 @@
 """Scoring K = 16 responses a prompt under two models: ours against a padded, length-sorted transformers forward.
 
     python benchmarks/score_groups.py [--quick] [--dtype bfloat16] [--only multi_turn]
+    python benchmarks/score_groups.py --device cuda --dtype bfloat16 --shape llama-1b
 
 Ours is the product's own pass, `logps_under`, over each model in turn. The opponent is the usual program, well written:
 all sequences sorted by length, right-padded in batches, the decoder's output cut to the response positions before the
@@ -19,6 +20,7 @@ import json
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from shapes import SHAPES, shaped
 from turns import Side, report, timed
 
 K = 16
@@ -34,6 +36,7 @@ class Job(NamedTuple):
     prompts: int
     seed: int
     tokens_per_forward: int
+    device: str
     batch_size: int
 
 
@@ -50,14 +53,14 @@ def ours(job: Job, turn: Connection) -> None:
     ref = resolve(job.model)
     chat = ChatFormat(load_tokenizer(ref))
     items = make_items(WORKLOADS[f"{job.workload}_groups"], chat, job.prompts, responses=K, seed=job.seed)
-    compute = Compute(device="cpu", dtype=job.dtype, tokens_per_forward=job.tokens_per_forward)
+    compute = Compute(device=job.device, dtype=job.dtype, tokens_per_forward=job.tokens_per_forward)
     report(turn, "ready")
     for _ in range(2):
         timed(turn, lambda: [value for row in logps_under(ref, items, compute=compute) for value in row])
-    peak = peak_memory()
+    peak = peak_memory(job.device)
     turn.recv()
     groups = [token_group(chat, prompt, responses) for prompt, responses in items]
-    model = load_model(ref)
+    model = load_model(ref, device=job.device)
     with torch.no_grad():
         rate = matmul_rate(model, job.dtype, job.tokens_per_forward)
     report(turn, {"peak": peak, "flops": model_flops(model, groups, backward=False), "matmul_rate": rate})
@@ -82,15 +85,15 @@ def padded(job: Job, turn: Connection) -> None:
 
     @torch.inference_mode()
     def score() -> list[float]:
-        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=torch.float32).to(job.device).eval()
         sums = [0.0] * len(sequences)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.dtype == "bfloat16"):
+        with torch.autocast(job.device, dtype=torch.bfloat16, enabled=job.dtype == "bfloat16"):
             for start in range(0, len(order), job.batch_size):
                 chosen = order[start : start + job.batch_size]
                 rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in chosen]
-                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(job.device)
                 lengths = torch.tensor([len(row) for row in rows])
-                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+                mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(job.device)
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
                 states, targets = [], []
                 for row, i in enumerate(chosen):
@@ -98,7 +101,7 @@ def padded(job: Job, turn: Connection) -> None:
                     states.append(hidden[row, len(prompt) - 1 : len(prompt) + len(response) - 1])
                     targets.append(torch.tensor(response))
                 logits = model.lm_head(torch.cat(states)).float()
-                found = logits.log_softmax(-1).gather(1, torch.cat(targets)[:, None])[:, 0]
+                found = logits.log_softmax(-1).gather(1, torch.cat(targets).to(job.device)[:, None])[:, 0]
                 for i, part in zip(chosen, found.split([len(sequences[i][1]) for i in chosen]), strict=True):
                     sums[i] = float(part.sum())
         return sums
@@ -106,7 +109,7 @@ def padded(job: Job, turn: Connection) -> None:
     report(turn, "ready")
     for _ in range(2):
         timed(turn, score)
-    peak = peak_memory()
+    peak = peak_memory(job.device)
     turn.recv()
     report(turn, {"peak": peak})
 
@@ -157,6 +160,8 @@ def compare(job: Job) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, in place of --model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", choices=["multi_turn", "long_prompt"])
     parser.add_argument("--quick", action="store_true", help="4 prompts a workload, the opponent in batches of 4")
@@ -165,10 +170,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result = {}
-    for workload in [args.only] if args.only else ["multi_turn", "long_prompt"]:
-        prompts, batch_size = (4, 4) if args.quick else (args.prompts, 0)
-        job = Job(args.model, workload, args.dtype, prompts, args.seed, args.tokens_per_forward, batch_size)
-        result[workload] = compare(job)
+    with shaped(args.shape, args.device) as folder:
+        for workload in [args.only] if args.only else ["multi_turn", "long_prompt"]:
+            prompts, batch_size = (4, 4) if args.quick else (args.prompts, 0)
+            job = Job(folder or args.model, workload, args.dtype, prompts, args.seed, args.tokens_per_forward,
+                      args.device, batch_size)  # fmt: skip
+            result[workload] = compare(job)
     print(json.dumps(result))
 
 

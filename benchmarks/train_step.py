@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt -e '.[all,bench]'
     python benchmarks/train_step.py --opponent trl [--quick] [--dtype bfloat16] [--only multi_turn]
+    python benchmarks/train_step.py --device cuda --dtype bfloat16 --shape llama-8b --lora-rank 16
 
 Both train the same model on the same token ids in the same order with the same AdamW, clipping, beta and batch. Each
 side is a process of its own; they take turns, step by step, so that a noisy machine is noisy for both. Both pay for
@@ -27,6 +28,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from shapes import SHAPES, shaped
 from turns import Side, report, timed
 
 NAMES = ("multi_turn", "long_prompt", "short_prompt")
@@ -51,6 +53,8 @@ class Job(NamedTuple):
     pairs: int
     seed: int
     tokens_per_forward: int
+    device: str
+    lora: int
     variant: dict[str, Any]
 
 
@@ -60,7 +64,7 @@ def ours(job: Job, turn: Connection) -> None:
 
     from prefloop.data.chat import ChatFormat
     from prefloop.models import load_tokenizer, resolve
-    from prefloop.train.config import Compute, Train
+    from prefloop.train.config import Compute, Lora, Train
     from prefloop.train.learner import Learner
     from prefloop.train.losses import dpo
     from prefloop.train.memory import reused_memory
@@ -72,13 +76,19 @@ def ours(job: Job, turn: Connection) -> None:
     os.environ["PREFLOOP_CACHE"] = tempfile.mkdtemp()
     chat = ChatFormat(load_tokenizer(ref))
     pairs = as_pairs(make_items(WORKLOADS[job.workload], chat, job.pairs, responses=2, seed=job.seed))
-    compute = Compute(device="cpu", dtype=job.dtype, tokens_per_forward=job.tokens_per_forward)
-    config = Train(steps=job.pairs // BATCH, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_steps=0)
+    compute = Compute(device=job.device, dtype=job.dtype, tokens_per_forward=job.tokens_per_forward)
+    config = Train(
+        steps=job.pairs // BATCH, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_steps=0,
+        lora=Lora(rank=job.lora),
+    )  # fmt: skip
     learner = Learner(ref, pairs, loss=partial(dpo, beta=BETA), beta=BETA, config=config, compute=compute, seed=0)
     report(turn, learner.why)
 
     def reference_pass() -> None:
-        pairs[:] = with_reference_logps(pairs, ref, compute=compute)
+        # With an adapter in training the reference is that model with the adapter off; else it is loaded for the pass.
+        pairs[:] = (
+            learner.with_reference_logps(pairs) if job.lora else with_reference_logps(pairs, ref, compute=compute)
+        )
 
     timed(turn, reference_pass)
     with reused_memory():  # as `fit` does
@@ -86,7 +96,7 @@ def ours(job: Job, turn: Connection) -> None:
             batch = pairs[step * BATCH : (step + 1) * BATCH]
             timed(turn, lambda step=step, batch=batch: learner.step(batch, step)["loss"])
     groups = [token_group(chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
-    peak = peak_memory()
+    peak = peak_memory(job.device)
     turn.recv()
     tokens = sum(group.tokens for group in groups) * BATCH // job.pairs
     report(
@@ -151,6 +161,11 @@ def trl(job: Job, turn: Connection) -> None:
                 self.started = time.perf_counter()
 
     model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=torch.float32)
+    adapter = None
+    if job.lora:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=job.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     data = Dataset.from_list(rows)
     report(turn, "ready")
     turn.recv()
@@ -170,7 +185,7 @@ def trl(job: Job, turn: Connection) -> None:
             beta=BETA,
             num_train_epochs=1,
             bf16=job.dtype == "bfloat16",
-            use_cpu=True,
+            use_cpu=job.device == "cpu",
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",
@@ -180,12 +195,12 @@ def trl(job: Job, turn: Connection) -> None:
         )
         trainer = OnIds(
             model=model, args=config, train_dataset=data, processing_class=tokenizer,
-            callbacks=[Turns()],
+            callbacks=[Turns()], peft_config=adapter,
         )  # fmt: skip
         turn.send((time.perf_counter() - start, 0.0))
         trainer.train()
     turn.recv()
-    report(turn, {"peak": peak_memory()})
+    report(turn, {"peak": peak_memory(job.device)})
 
 
 def race(job: Job, sides: Sequence[Side]) -> tuple[list[list[float]], list[list[float]]]:
@@ -256,6 +271,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--opponent", choices=["trl"], default="trl")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, in place of --model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train an adapter of this rank; 0 trains all weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="3 steps a workload, two of TRL's variants")
@@ -268,9 +286,11 @@ def main() -> None:
     steps = 3 if args.quick else args.steps
     variants = ["4-precomputed", "1-precomputed"] if args.quick else args.variants
     result = {}
-    for workload in [args.only] if args.only else NAMES:
-        job = Job(args.model, workload, args.dtype, steps * BATCH, args.seed, args.tokens_per_forward, {})
-        result[workload] = compare(job, variants)
+    with shaped(args.shape, args.device) as folder:
+        for workload in [args.only] if args.only else NAMES:
+            job = Job(folder or args.model, workload, args.dtype, steps * BATCH, args.seed, args.tokens_per_forward,
+                      args.device, args.lora_rank, {})  # fmt: skip
+            result[workload] = compare(job, variants)
     print(json.dumps(result))
 
 

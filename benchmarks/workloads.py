@@ -113,7 +113,7 @@ def matmul_rate(model: "PreTrainedModel", dtype: str, tokens: int, seconds: floa
             shape = (module.in_features, module.out_features)
             shapes[shape] = shapes.get(shape, 0) + 1
     operands = [
-        (torch.randn(tokens, k, dtype=kind), torch.randn(n, k, dtype=kind), torch.empty(tokens, n, dtype=kind), count)
+        (*(torch.randn(*size, dtype=kind, device=model.device) for size in ((tokens, k), (n, k), (tokens, n))), count)
         for (k, n), count in shapes.items()
     ]
     flops = sum(2 * tokens * k * n * count for (k, n), count in shapes.items())
@@ -124,11 +124,15 @@ def matmul_rate(model: "PreTrainedModel", dtype: str, tokens: int, seconds: floa
         for a, b, out, count in operands:
             for _ in range(count):
                 torch.mm(a, b.T, out=out)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - before)
     return flops / sorted(times)[len(times) // 2]
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def peak_memory(device: str) -> int:
+    """Largest resident size of this process so far, or on CUDA the memory that PyTorch reserved there; in bytes."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

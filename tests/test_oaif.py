@@ -140,6 +140,25 @@ def test_a_budget_that_is_used_up_leaves_a_run_that_goes_on(
     ).read_bytes()
 
 
+def test_a_budget_that_ends_in_an_evaluation_loses_no_step(
+    cfg: OaifConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poor(*args: Any) -> Any:
+        raise BudgetReached("the budget of 18 calls is used up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "evaluate", poor)
+        with pytest.raises(BudgetReached):
+            run_oaif(cfg, tmp_path / "run")
+    again: list[int] = []
+    real = recipe.preferences
+    monkeypatch.setattr(recipe, "preferences", lambda *args: again.append(1) or real(*args))
+    run_oaif(cfg, tmp_path / "run")
+    assert len(again) == 2  # the evaluation after step 3 stopped it
+    for name in ("model/model.safetensors", "round-1/model/training_log.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
 def test_the_same_annotator_as_evaluator_is_warned_about(cfg: OaifConfig, tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", recipe="oaif", config=cfg) as run:
         oaif(cfg.replace(evaluator="", train__steps=1), run)

@@ -83,12 +83,28 @@ def test_greedy_answers_are_asked_for_once() -> None:
     assert len(group.responses) == 5 and len(set(response.token_ids for response in group.responses)) == 1
 
 
-def test_nothing_is_left_on_disk() -> None:
-    engine = openvino(4)
-    folder = engine._folder
-    assert (folder / "policy.gguf").is_file()
+def test_answers_that_end_by_a_stop_string_leave_the_cache_right() -> None:
+    """The pipeline goes on with them, so they count as under way until it ends."""
+    engine = openvino(8)
+    sampling = Sampling(max_new_tokens=40, stop=tuple("etaoinsrhl"))
+    groups = engine.sample(PROMPTS, k=6, sampling=sampling, seed=0)
+    found = [response for group in groups for response in group.responses]
+    for ours, theirs in zip(found, plain_logps(stopping_llama(), groups), strict=True):
+        assert abs((ours.sampling_logp or 0) - theirs) < 0.1
     engine.close()
-    assert not folder.exists()
+
+
+def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+    def engine() -> OpenVinoEngine:
+        made = OpenVinoEngine(stopping_folder(), CHAT, context=1024, folder=tmp_path)
+        made.sample(PROMPTS[:1], k=1, sampling=Sampling(max_new_tokens=2), seed=0)
+        return made
+
+    closed, forgotten = engine(), engine()
+    assert len(list(tmp_path.rglob("policy.gguf"))) == 2
+    closed.close()
+    del forgotten
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
@@ -97,7 +113,8 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(InputError, match=r"'model.norm.weight' has values that are not finite numbers"):
-        OpenVinoEngine(folder_of(model, tmp_path), CHAT, context=1024)
+        engine = OpenVinoEngine(folder_of(model, tmp_path), CHAT, context=1024)
+        engine.sample(PROMPTS[:1], k=1, sampling=Sampling(max_new_tokens=2), seed=0)
 
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -251,3 +251,18 @@ def test_an_engine_with_other_weights_stops_the_run_after_its_first_shard(
     ):
         sample(policy, PROMPTS, k=3, sampling=SAMPLING, seed=1, compute=COMPUTE, engine="transformers")
     assert len(sampled) == 1
+
+
+def test_what_an_engine_with_other_weights_sampled_is_not_kept(
+    policy: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(policy: ModelRef, setting: EngineSetting) -> Engine:
+        return TransformersEngine(stopping_llama(seed=1), CHAT, batch_size=setting.batch_size)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "transformers", EngineKind(load, lambda *_: None))
+        for k in (1, 3):  # one shard, and several
+            with pytest.raises(CheckFailed, match="not kept"):
+                run_stage(policy, tmp_path, k=k)
+    assert not list(tmp_path.glob("groups-*"))
+    run_stage(policy, tmp_path)

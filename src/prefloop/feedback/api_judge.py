@@ -196,15 +196,18 @@ class ApiJudge:
 
     def _known(self, question: Question, kept: Mapping[str, Answer]) -> Said | None:
         """What earlier answers say; None when another is to be asked for."""
-        said = None
-        for attempt in range(self.decoding.tries):
-            answer = kept.get(self._key(question, attempt))
-            if answer is None:
-                return None
-            said = answer.said(self.instruction)
-            if said.q is not None or answer.final:
-                break
-        return said
+        try:
+            return self._settled(lambda attempt: kept[self._key(question, attempt)])
+        except KeyError:
+            return None
+
+    def _settled(self, answer_to: Callable[[int], Answer], attempt: int = 0) -> Said:
+        """What the first clear answer says; the last one when none of `tries` is clear."""
+        answer = answer_to(attempt)
+        said = answer.said(self.instruction)
+        if said.q is not None or answer.final or attempt + 1 == self.decoding.tries:
+            return said
+        return self._settled(answer_to, attempt + 1)
 
     def _ask(self, questions: Sequence[Question], advance: Advance) -> dict[Question, Said]:
         """What is said to every question, by earlier answers or by new ones, `concurrency` at once.
@@ -234,17 +237,11 @@ class ApiJudge:
         return found
 
     def _settle(self, question: Question, kept: Mapping[str, Answer], stop: Event) -> Said:
-        """Ask until an answer is clear, or `tries` are not."""
-        said = Said(None, reason="not asked")
-        for attempt in range(self.decoding.tries):
-            key = self._key(question, attempt)
-            answer = kept.get(key) or self._send(question, attempt, key, stop)
-            said = answer.said(self.instruction)
-            if said.q is not None or answer.final:
-                break
-        return said
+        return self._settled(
+            lambda attempt: kept.get(self._key(question, attempt)) or self._send(question, attempt, stop)
+        )
 
-    def _send(self, question: Question, attempt: int, key: str, stop: Event) -> Answer:
+    def _send(self, question: Question, attempt: int, stop: Event) -> Answer:
         """One answer of the server, counted and kept. What the server does not take costs nothing and is not kept."""
         if stop.is_set():
             raise Stopped
@@ -262,7 +259,7 @@ class ApiJudge:
             usage = completion.usage or Usage()
             self.meter.add(self.name, 1, usage.prompt_tokens, usage.completion_tokens, self.model, held)
             answer = Answer.of(completion).redacted(self.server.redacted)
-            self.cache.put({key: answer.model_dump(mode="json", exclude_none=True)})
+            self.cache.put({self._key(question, attempt): answer.model_dump(mode="json", exclude_none=True)})
         self._count_fault(answer)
         return answer
 

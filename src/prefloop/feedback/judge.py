@@ -1,7 +1,7 @@
 """A language model that runs here as a judge (OAIF §2.2; Lee et al. 2023, RLAIF).
 
 The instruction is one message of the user in the model's own chat template. The assistant's turn is opened with the
-stub of the answer, and what comes next is never sampled: with l_1 and l_2 the log-probabilities of the two labels there,
+stub of the answer. Nothing is sampled: with l_1 and l_2 the log-probabilities of the two labels after the stub,
 
     q(a, b) = exp(l_1) / (exp(l_1) + exp(l_2)) = sigmoid(l_1 - l_2)        with a shown first
 

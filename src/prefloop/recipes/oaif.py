@@ -16,6 +16,9 @@ Start: an instruction-tuned model pi(0), prompts, an annotator. Step t = 1..T:
 Every N steps the model is looked at: win rate against pi(0) and against itself N steps before, on held-out prompts, by
 an annotator that does not train it.
 
+Every step samples inside this process, from the weights in training; --engine and --server are those of the answers
+that are looked at before and after.
+
 Departures from the paper (docs/methods/oaif.md says more): AdamW by default (--train.optimizer adafactor is the
 paper's); identical answers, ties and abstentions make no pair; an answer that was cut at the limit of new tokens has no
 end token, and --on-unfinished says what becomes of it. `--offline true` is the paper's baseline: the same labels, on
@@ -23,7 +26,8 @@ answers of pi(0).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,32 +162,45 @@ def align(
         if stage.scratch and step > first:
             save_checkpoint(stage.scratch, step=step, model=learner.model, optimizer=learner.optimizer, log=log)
 
+    @contextmanager
+    def kept(step: int) -> Iterator[None]:
+        """A budget or a server that ends the run, not the method: nothing of it is lost."""
+        try:
+            yield
+        except FeedbackError:
+            save(step)
+            raise
+
     with reused_memory(), stage.progress(cfg.train.steps, unit="steps", description=f"{cfg.loss} online") as advance:
         advance(first)
-        for step in range(first, cfg.train.steps):
+        for step in range(first, cfg.train.steps + 1):
+            if evaluation_is_due(cfg, log, step):
+                with kept(step):
+                    found = evaluate(online, before, log, annotator, evaluator, cfg)
+                log.append({"step": step, "evaluation": found})
+                stage.event("evaluation", **log[-1])
+            if step == cfg.train.steps:
+                break
             batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
             groups = online.sample(
                 distinct(batch), k=2, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "step", step)
             )
-            if step == 0:
-                stage.figure("sampler gap at the start, mean nats a token", online.check_sampler(groups))
-            try:
+            row: dict[str, Any] = {"step": step + 1, **lengths(groups)}
+            if step == first and not cfg.offline:
+                gap = online.check_sampler(online.drift(groups)[1])
+                row |= {"sampler_gap": gap} if step == 0 else {}
+            with kept(step):
                 pairs, counts = preferences(groups, annotator, cfg)
-            except FeedbackError:
-                save(step)  # a budget or a server ended it, not the method: nothing of it is lost
-                raise
-            row: dict[str, Any] = {"step": step + 1, **counts, **lengths(groups)}
+            row |= counts
             if pairs:
                 row |= learner.step(online.with_reference_logps(pairs), step)
             log.append(row)
             stage.event("step", **row)
-            last = step + 1 == cfg.train.steps
-            if last or (step + 1) % cfg.evaluate_every == 0:
-                log.append({"step": step + 1, "evaluation": evaluate(online, before, log, annotator, evaluator, cfg)})
-                stage.event("evaluation", **log[-1])
-            if not last and (step + 1) % cfg.train.checkpoint_every == 0:
+            if step + 1 < cfg.train.steps and (step + 1) % cfg.train.checkpoint_every == 0:
                 save(step + 1)
             advance(1)
+    if "sampler_gap" in log[0]:
+        stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
     stage.note(f"feedback: {meter.describe()}")
     stage.event("feedback", **meter.summary())
     for name in ("pairs", "identical", "tie", "abstained", "unfinished"):
@@ -200,6 +217,12 @@ def beta_of(cfg: OaifConfig) -> float:
     from prefloop.train.losses import LOSSES
 
     return LOSSES[cfg.loss].beta if cfg.beta is None else cfg.beta
+
+
+def evaluation_is_due(cfg: OaifConfig, log: Sequence[dict[str, Any]], step: int) -> bool:
+    """After `step` steps: every so many, and at the end, once."""
+    due = step > 0 and (step == cfg.train.steps or step % cfg.evaluate_every == 0)
+    return due and not any(row["step"] == step and "evaluation" in row for row in log)
 
 
 def distinct(prompts: "Sequence[Prompt]") -> "list[Prompt]":
@@ -275,7 +298,7 @@ def evaluate(
         "against_previous": win_rate(evaluator.judge(comparisons_of(now, previous))).model_dump(),
         "agreement": sum((a > 0.5) == (b > 0.5) for a, b in both) / len(both) if both else None,
         "length_chars": mean_interval([response.length_chars for response in responses]),
-        "kl_per_token": mean_interval(drift),
-        "sampler_gap": sum(gap) / len(gap) if gap else None,
+        "log_ratio_per_token": mean_interval(drift),
+        "sampler_gap": online.check_sampler(gap),
         "answers": [json.loads(group.to_json()) for group in now],
     }

@@ -61,7 +61,8 @@ def _win_rates(story: Story) -> str:
     }
     lines = [
         f"| {step} | {_rate(found['against_start'])} | {_rate(found['against_start_by_the_annotator'])} "
-        f"| {_rate(found['against_previous'])} | {found['length_chars'][0]:.0f} | {found['kl_per_token'][0]:.4f} |"
+        f"| {_rate(found['against_previous'])} | {found['length_chars'][0]:.0f} "
+        f"| {found['log_ratio_per_token'][0]:.4f} |"
         for step, found in rows
     ]
     return "\n".join([
@@ -71,7 +72,7 @@ def _win_rates(story: Story) -> str:
         f"trains `{judges['annotator']}`.",
         "",
         "| step | against the start, evaluator | against the start, annotator "
-        "| against the evaluation before, evaluator | characters | KL a token |",
+        "| against the evaluation before, evaluator | characters | log pi/pi(0) a token |",
         "|---:|---|---|---|---:|---:|",
         *lines,
     ])  # fmt: skip

@@ -90,7 +90,8 @@ class SharedPrompts:
         computed = DynamicCache(config=self._model.config)
         logits, _, _ = prefill(self._model, ids, computed)
         self._first_logits.update(zip(prompts, logits.unbind(), strict=True))
-        states = [(layer.keys, layer.values) for layer in computed.layers]
+        layers: list[Any] = [*computed.layers]
+        states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
         if not self._layers:
             self._layers = [SharedPromptLayer(keys, values, self._capacity) for keys, values in states]
         for row, prompt in enumerate(prompts):
@@ -189,7 +190,7 @@ class Seating:
         places = torch.tensor([slot * most + rows[slot].index(row) for row, slot in enumerate(slots)])
         lengths = torch.tensor(prompt_lengths)
         mask = _mask(torch.arange(_tiled(max(prompt_lengths))) < lengths[:, None], model.dtype)
-        return cls(*(tensor.to(model.device) for tensor in (seats, places, lengths, mask)))
+        return cls(seats.to(model.device), places.to(model.device), lengths.to(model.device), mask.to(model.device))
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Let the rows see `lengths` own tokens and the one that is coming."""
@@ -240,8 +241,8 @@ def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 class SharedPromptLayer(CacheLayerMixin):
     """Keys and values of one layer: of prompts by slot, and of the rows' own tokens.
 
-    prompt_keys [P, G, D, S], prompt_values [P, G, S, D]; keys [R, G, D, T], values [R, G, T, D]. Keys lie as the
-    product with the queries reads them: the CPU's bfloat16 product takes up to three times as long over the other
+    prompt_keys [P, G, D, S], prompt_values [P, G, S, D]; own_keys [R, G, D, T], own_values [R, G, T, D]. Keys lie as
+    the product with the queries reads them: the CPU's bfloat16 product takes up to three times as long over the other
     order. Buffers are larger than what is in use. The rest is zero or was in use, so it is finite: a probability of
     zero does not hide a NaN.
     """
@@ -252,8 +253,8 @@ class SharedPromptLayer(CacheLayerMixin):
         (_, heads, _, key_size), value_size = prompt_keys.shape, prompt_values.shape[-1]
         self.prompt_keys = prompt_keys.new_zeros(0, heads, key_size, 0)
         self.prompt_values = prompt_values.new_zeros(0, heads, 0, value_size)
-        self.keys: Tensor = prompt_keys.new_zeros(capacity, heads, key_size, 0)
-        self.values: Tensor = prompt_values.new_zeros(capacity, heads, 0, value_size)
+        self.own_keys = prompt_keys.new_zeros(capacity, heads, key_size, 0)
+        self.own_values = prompt_values.new_zeros(capacity, heads, 0, value_size)
         self.seating: Seating
 
     def hold(self, slot: int, keys: Tensor, values: Tensor) -> None:
@@ -267,19 +268,19 @@ class SharedPromptLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the token of this step, [R, G, 1, D] each; the rows' own keys [R, G, D, T] and values [R, G, T, D]."""
         lengths, (_, width), rows = self.seating.lengths, self.seating.columns, len(key_states)
-        if width > self.keys.shape[3]:
-            columns = max(width, 2 * self.keys.shape[3])
-            self.keys = _grown(self.keys, len(self.keys), 3, columns)
-            self.values = _grown(self.values, len(self.values), 2, columns)
+        if width > self.own_keys.shape[3]:
+            columns = max(width, 2 * self.own_keys.shape[3])
+            self.own_keys = _grown(self.own_keys, len(self.own_keys), 3, columns)
+            self.own_values = _grown(self.own_values, len(self.own_values), 2, columns)
         every = torch.arange(rows, device=lengths.device)
-        self.keys[every, :, :, lengths] = key_states[:, :, 0]
-        self.values[every, :, lengths] = value_states[:, :, 0]
-        return self.keys[:rows, :, :, :width], self.values[:rows, :, :width]
+        self.own_keys[every, :, :, lengths] = key_states[:, :, 0]
+        self.own_values[every, :, lengths] = value_states[:, :, 0]
+        return self.own_keys[:rows, :, :, :width], self.own_values[:rows, :, :width]
 
     def move(self, sources: Sequence[int], targets: Sequence[int], width: int) -> None:
         """Write the first `width` tokens of the rows `sources` over those of the rows `targets`."""
-        self.keys[targets, :, :, :width] = self.keys[sources, :, :, :width]
-        self.values[targets, :, :width] = self.values[sources, :, :width]
+        self.own_keys[targets, :, :, :width] = self.own_keys[sources, :, :, :width]
+        self.own_values[targets, :, :width] = self.own_values[sources, :, :width]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the buffers are there from the start."""

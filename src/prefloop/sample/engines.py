@@ -50,7 +50,12 @@ def _openvino(policy: ModelRef, setting: EngineSetting) -> Engine:
     from prefloop.sample.openvino import OpenVinoEngine
 
     return OpenVinoEngine(
-        policy, _chat(policy), dtype=setting.dtype, batch_size=setting.batch_size, context=context_of(policy)
+        policy,
+        _chat(policy),
+        dtype=setting.dtype,
+        batch_size=setting.batch_size,
+        context=context_of(policy),
+        folder=setting.log.parent if setting.log else None,
     )
 
 

@@ -30,6 +30,8 @@ def gguf_obstacle(config: dict[str, Any]) -> str | None:
     rope = _rope(config)
     if rope.get("rope_type", "default") != "default":
         return f"its rotary positions are scaled ({rope['rope_type']})"
+    if config.get("quantization_config"):
+        return "its weights are quantised"
     if config.get("use_sliding_window"):
         return "it looks at a sliding window"
     if config.get("hidden_act", "silu") != "silu":
@@ -51,7 +53,7 @@ def write_gguf(ref: ModelRef, file: Path) -> None:
     config = model_config(ref)
     obstacle = gguf_obstacle(config)
     if obstacle:
-        raise InputError(f"model {ref.name} cannot be written as GGUF: {obstacle}")
+        raise InputError(f"model {ref.name} cannot be written as GGUF: {obstacle}; use --engine transformers")
     architecture = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config["num_hidden_layers"])
     writer = gguf.GGUFWriter(file, architecture.lower())
@@ -64,7 +66,10 @@ def write_gguf(ref: ModelRef, file: Path) -> None:
                     continue
                 known = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if known is None:
-                    raise InputError(f"model {ref.name} has a weight {name!r} that its architecture does not know")
+                    raise InputError(
+                        f"model {ref.name} has a weight {name!r} that is no part of a {config['model_type']} in GGUF; "
+                        "use --engine transformers"
+                    )
                 writer.add_tensor(known, _stored(tensors.get_tensor(name).float().numpy(), name, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -106,7 +111,10 @@ def _stored(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray
         heads = config["num_attention_heads"]
         weight = _interleaved(weight, heads if ".q_proj" in name else config.get("num_key_value_heads") or heads)
     if np.abs(weight).max(initial=0.0) > np.finfo(np.float16).max:
-        raise InputError(f"the weight {name!r} has values beyond the range of float16")
+        raise InputError(
+            f"the weight {name!r} has values beyond the range of float16, which this engine stores; use --engine "
+            "transformers"
+        )
     return weight.astype(np.float16)
 
 

@@ -12,6 +12,7 @@ cache has room for every answer that is under way, and no request is made before
 import math
 import shutil
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,19 +52,20 @@ def openvino_obstacle(policy: ModelRef, sampling: Sampling, device: str) -> str 
             return f"{package} is not installed (pip install 'prefloop[openvino]')"
     if sampling.min_p is not None and sampling.top_p < 1:
         return "it applies min_p before top_p, which transformers does after it (use one of them)"
+    if not list(policy.path.glob("*.safetensors")):
+        return "its weights are not in safetensors files"
     return gguf_obstacle(model_config(policy))
 
 
 @dataclass
 class _Answer:
-    """One answer while it is being sampled."""
+    """One answer as it comes."""
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    ended: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     """The answers to one prompt. The pipeline numbers its sequences in an order of its own; we sort them."""
 
@@ -76,30 +78,36 @@ class OpenVinoEngine:
     """An `Engine` over a model folder of a family that `gguf_obstacle` lets pass.
 
     `dtype`: precision of products and cache ("float32" or "bfloat16"); the weights are float16 either way.
-    `batch_size`: answers that are decoded at once; as some end, those to the next prompt take their place. The random
-    numbers of an answer belong to (seed, prompt id, K): with another K the answers to a prompt are others.
+    `batch_size`: answers that are under way at once; when those to one prompt have ended, those to the next take their
+    place. The random numbers of an answer belong to (seed, prompt id, K): with another K the answers to a prompt are
+    others. `folder`: where the policy's file may lie meanwhile, as large as its weights in float16.
     """
 
     def __init__(
-        self, policy: ModelRef, chat: ChatFormat, *, dtype: str = "float32", batch_size: int = 64, context: int | None
+        self,
+        policy: ModelRef,
+        chat: ChatFormat,
+        *,
+        dtype: str = "float32",
+        batch_size: int = 64,
+        context: int | None,
+        folder: Path | None = None,
     ) -> None:
         self.chat, self.context, self.batch_size = chat, context, batch_size
         self.tolerance = TOLERANCE[dtype]
         self.name = policy.name
         self._precision = PRECISION[dtype]
-        self._folder = Path(tempfile.mkdtemp(prefix="prefloop-openvino-"))
-        try:
-            write_gguf(policy, self._folder / "policy.gguf")
-            write_idle_tokenizer(self._folder)
-        except BaseException:
-            self.close()
-            raise
+        self._policy = policy
+        self._folder = Path(tempfile.mkdtemp(prefix="openvino-", dir=folder))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._pipeline: Any = None
-        self._blocks = 0
-        self._requests = 0
+        self._blocks = self._longest = self._requests = 0
 
     def prompt_lengths(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[int]:
-        return [len(ids) for ids in checked_prompt_ids(self.chat, prompts, sampling, self.context)]
+        found = [len(ids) for ids in checked_prompt_ids(self.chat, prompts, sampling, self.context)]
+        # The cache is made for the longest once, and not again for every shard that is longer than the last.
+        self._longest = max([self._longest, *found])
+        return found
 
     def sample(
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, advance: Advance = ignore
@@ -111,7 +119,7 @@ class OpenVinoEngine:
         # The pipeline branches only where it draws; greedy answers to a prompt are all the same one.
         distinct = k if sampling.temperature > 0 else 1
         at_once = min(distinct, self.batch_size)
-        longest = max(len(ids) for ids in prompt_ids) + sampling.max_new_tokens
+        longest = max(self._longest, *map(len, prompt_ids)) + sampling.max_new_tokens
         pipeline = self._pipeline_for(self.batch_size * (math.ceil(longest / BLOCK) + 1))
         found: list[list[_Answer]] = [[] for _ in prompts]
         try:
@@ -133,7 +141,7 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         self._pipeline = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove()
 
     def _decode(
         self,
@@ -149,16 +157,14 @@ class OpenVinoEngine:
         requests: list[_Request] = []
         try:
             while waiting or requests:
-                under_way = sum(k - sum(a.ended for a in request.answers.values()) for request in requests)
-                while waiting and under_way + k <= self.batch_size:
+                while waiting and (len(requests) + 1) * k <= self.batch_size:
                     prompt = waiting.popleft()
                     requests.append(self._ask(pipeline, prompt, prompt_ids[prompt], seeds[prompt], k, sampling))
-                    under_way += k
                 pipeline.step()
-                for request in requests:
-                    advance(self._read(request, sampling))
-                done = [request for request in requests if self._is_done(request, k)]
-                requests = [request for request in requests if not self._is_done(request, k)]
+                done = [request for request in requests if self._read(request)]
+                requests = [request for request in requests if request not in done]
+                for request in done:
+                    advance(len(request.answers))
                 yield from done
         finally:
             for request in requests:
@@ -177,43 +183,39 @@ class OpenVinoEngine:
         ids = openvino.Tensor(np.array([prompt_ids], dtype=np.int64))
         return _Request(prompt, pipeline.add_request(self._requests, ids, config))
 
-    def _read(self, request: _Request, sampling: Sampling) -> int:
-        """Take what has been sampled since the last look; returns how many answers have ended with it."""
-        if not request.handle.can_read():
-            return 0
-        ended = 0
-        for number, output in request.handle.read().items():
-            answer = request.answers.setdefault(number, _Answer())
-            for token, logp in zip(output.generated_ids, output.generated_log_probs, strict=True):
-                if answer.ended:
-                    break  # the pipeline knows nothing of stop strings and goes on
-                answer.token_ids.append(token)
-                answer.logps.append(logp)
-                answer.ended = len(answer.token_ids) == sampling.max_new_tokens or ends(
-                    self.chat, answer.token_ids, sampling
-                )
-                ended += answer.ended
-        return ended
+    def _read(self, request: _Request) -> bool:
+        """Take what has come: token by token of a single answer, all at the end of several. True when that is all."""
+        import openvino_genai
 
-    @staticmethod
-    def _is_done(request: _Request, k: int) -> bool:
-        done = len(request.answers) == k and all(answer.ended for answer in request.answers.values())
-        if done:
-            request.handle.stop()
-        return done
+        if request.handle.can_read():
+            for number, output in request.handle.read().items():
+                answer = request.answers.setdefault(number, _Answer())
+                answer.token_ids += output.generated_ids
+                answer.logps += output.generated_log_probs
+        return request.handle.get_status() != openvino_genai.GenerationStatus.RUNNING
 
     def _response(self, answer: _Answer, prompt: Prompt, sampling: Sampling) -> Response:
-        bad = next((i for i, logp in enumerate(answer.logps) if not math.isfinite(logp)), None)
+        ids, logps = answer.token_ids, answer.logps
+        # The pipeline knows nothing of stop strings and has gone on.
+        end = next((n for n in range(1, len(ids)) if ends(self.chat, ids[:n], sampling)), len(ids))
+        ids, logps = ids[:end], logps[:end]
+        bad = next((i for i, logp in enumerate(logps) if not math.isfinite(logp)), None)
         if bad is not None:
             raise EngineError(
-                f"the log-probability of token {bad} of an answer to prompt {prompt.id!r} is not finite; the "
-                f"weights of {self.name} are damaged or overflow in {self._precision} (try float32)"
+                f"the log-probability of token {bad} of an answer to prompt {prompt.id!r} is not finite; the weights "
+                f"of {self.name} overflow in {self._precision} (try --compute.sampling-dtype float32)"
             )
+        try:
+            reason = finish_reason(self.chat, ids, sampling)
+        except ValueError as error:
+            raise EngineError(
+                f"OpenVINO cut an answer to prompt {prompt.id!r} short ({error}); use --engine transformers"
+            ) from None
         return Response(
-            text=self.chat.decode(answer.token_ids),
-            token_ids=tuple(answer.token_ids),
-            finish_reason=finish_reason(self.chat, answer.token_ids, sampling),
-            sampling_logps=tuple(round(logp, 6) for logp in answer.logps),
+            text=self.chat.decode(ids),
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            sampling_logps=tuple(round(logp, 6) for logp in logps),
         )
 
     def _pipeline_for(self, blocks: int) -> Any:
@@ -222,6 +224,9 @@ class OpenVinoEngine:
 
         if not self._folder.is_dir():
             raise EngineError("this engine was closed; load another")
+        if not (self._folder / "policy.gguf").is_file():
+            write_idle_tokenizer(self._folder)
+            write_gguf(self._policy, self._folder / "policy.gguf")
         if self._pipeline is None or blocks > self._blocks:
             scheduler = openvino_genai.SchedulerConfig()
             scheduler.num_kv_blocks = blocks

@@ -9,19 +9,23 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefloop.atomic import write_atomically
+from prefloop.errors import CheckFailed
 from prefloop.models import ModelRef, choose_device, choose_sampling_dtype
 from prefloop.records import Group, Prompt
 from prefloop.run import Stage
-from prefloop.sample.engine import Engine, check_request, shards
+from prefloop.sample.engine import check_request, shards
 from prefloop.sample.engines import EngineSetting, choose_engine, load_engine
 from prefloop.sample.options import Server
 from prefloop.sample.sampling import Sampling
-from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute
+
+if TYPE_CHECKING:
+    from prefloop.sample.handover import Gap
 
 BATCHES = 4
 """Batches of answers in a shard: enough that an engine which fills up as answers end is seldom half empty."""
@@ -46,6 +50,8 @@ def sample(
     or one that cannot do what is asked, k < 1, a repeated prompt id, or a prompt without room for
     `sampling.max_new_tokens` in the model's context, before anything is sampled.
     """
+    from prefloop.sample.handover import LOGGED, PROBES
+
     stage = stage or Stage.detached()
     check_request(prompts, k)
     if not prompts:
@@ -69,76 +75,77 @@ def sample(
         "sampling": sampling.model_dump(),
         "seed": seed,
     }
+    shards_at = partial(_shard_file, stage, request)
     with closing(load_engine(name, policy, setting)) as sampler:
-        groups, fresh, seconds = _in_shards(sampler, policy, prompts, request, stage, compute, device)
-    _check(sampler, policy, groups, request, stage, compute, device)
-    _report(stage, groups, fresh, seconds)
-    return groups
-
-
-def _in_shards(
-    sampler: Engine,
-    policy: ModelRef,
-    prompts: Sequence[Prompt],
-    request: dict[str, Any],
-    stage: Stage,
-    compute: Compute,
-    device: str,
-) -> tuple[list[Group], int, float]:
-    """The groups, shard by shard; the tokens that were sampled now, and the seconds that took."""
-    k, sampling, seed = request["k"], Sampling.model_validate(request["sampling"]), request["seed"]
-    lengths = sampler.prompt_lengths(prompts, sampling=sampling)
-    parts = shards(lengths, k, BATCHES * compute.sequences_per_batch)
-    groups: dict[str, Group] = {}
-    tokens, seconds = 0, 0.0
-    with stage.progress(len(prompts) * k, unit="answers", description=f"answers of {policy.name}") as advance:
-        for indices in parts:
-            shard = [prompts[i] for i in indices]
-            file = stage.scratch / _shard_name(request, shard) if stage.scratch else None
-            finished = _read_shard(file)
-            if finished is not None:
-                advance(len(shard) * k)
-            else:
-                started = time.perf_counter()
-                finished = sampler.sample(shard, k=k, sampling=sampling, seed=seed, advance=advance)
-                seconds += time.perf_counter() - started
-                _write_shard(file, finished)
-                if not tokens and len(parts) > 1:
-                    _check(sampler, policy, finished, request, stage, compute, device, probe=True)
-                tokens += _tokens(finished)
-            groups.update((group.prompt.id, group) for group in finished)
-    return [groups[prompt.id] for prompt in prompts], tokens, seconds
-
-
-def _check(
-    sampler: Engine,
-    policy: ModelRef,
-    groups: Sequence[Group],
-    request: dict[str, Any],
-    stage: Stage,
-    compute: Compute,
-    device: str,
-    *,
-    probe: bool = False,
-) -> None:
-    """Hold the engine's log-probabilities against the trainer's: a few answers as a probe, or more for the record."""
-    from prefloop.sample import handover
-
-    name = request["engine"][0]
-    # A server of ours holds the GPU's memory while it runs, so its first answers are looked at on the CPU.
-    where = "cpu" if probe and name == "vllm" else device
-    seed = derive_seed(request["seed"], "sampler gap")
-    answers = handover.PROBES if probe else handover.LOGGED
-    gap = handover.measure(policy, groups, compute=compute, device=where, answers=answers, seed=seed)
-    if gap is None or sampler.tolerance is None:
-        stage.event("sampler_gap", engine=name, seen="the engine gives no log-probabilities")
-        return
-    stage.event("sampler_gap", engine=name, probe=probe, tolerance=sampler.tolerance, **gap._asdict())
-    handover.check(gap, sampler.tolerance, engine=name, policy=policy.name)
-    if not probe:
+        lengths = sampler.prompt_lengths(prompts, sampling=sampling)
+        parts = [[prompts[i] for i in part] for part in shards(lengths, k, BATCHES * compute.sequences_per_batch)]
+        check = partial(_check, stage, policy, name, sampler.tolerance, seed, compute)
+        finished: list[list[Group]] = []
+        tokens, seconds = 0, 0.0
+        with stage.progress(len(prompts) * k, unit="answers", description=f"answers of {policy.name}") as advance:
+            for part in parts:
+                groups = _read_shard(shards_at(part))
+                if groups is not None:
+                    advance(len(part) * k)
+                else:
+                    started = time.perf_counter()
+                    groups = sampler.sample(part, k=k, sampling=sampling, seed=seed, advance=advance)
+                    seconds += time.perf_counter() - started
+                    if not tokens and len(parts) > 1:
+                        # The engine is still there, and its memory: on a GPU the trainer has no room beside it.
+                        check([groups], device="cpu", answers=PROBES)
+                    tokens += _tokens(groups)
+                    _write_shard(shards_at(part), groups)
+                finished.append(groups)
+    try:
+        gap = check(finished, device=device, answers=LOGGED)
+    except CheckFailed:
+        for file in filter(None, map(shards_at, parts)):
+            file.unlink(missing_ok=True)
+        raise
+    if gap is not None:
         stage.figure("sampler gap, mean nats a token", gap.mean)
         stage.figure("sampler gap, 99th percentile", gap.p99)
         stage.note(str(gap))
+    by_id = {group.prompt.id: group for groups in finished for group in groups}
+    _report(stage, list(by_id.values()), tokens, seconds)
+    return [by_id[prompt.id] for prompt in prompts]
+
+
+def _check(
+    stage: Stage,
+    policy: ModelRef,
+    engine: str,
+    tolerance: float | None,
+    seed: int,
+    compute: Compute,
+    parts: Sequence[Sequence[Group]],
+    *,
+    device: str,
+    answers: int,
+) -> "Gap | None":
+    """Hold the engine's log-probabilities against the trainer's; None when it gives none."""
+    from prefloop.sample import handover
+
+    gap = None
+    if tolerance is not None:
+        gap = handover.measure(
+            policy, parts, budget=compute.tokens_per_forward, device=device, answers=answers, seed=seed
+        )
+    if gap is None or tolerance is None:
+        stage.event("sampler_gap", engine=engine, seen="the engine gives no log-probabilities")
+        return None
+    stage.event("sampler_gap", engine=engine, tolerance=tolerance, **gap._asdict())
+    handover.check(gap, tolerance, engine=engine, policy=policy.name)
+    return gap
+
+
+def _shard_file(stage: Stage, request: dict[str, Any], prompts: Sequence[Prompt]) -> Path | None:
+    """The file of a shard, named by a hash of the request and of the shard's prompts; None outside a run."""
+    if stage.scratch is None:
+        return None
+    text = json.dumps([request, [prompt.to_json() for prompt in prompts]], sort_keys=True)
+    return stage.scratch / f"groups-{_sha256(text)[:24]}.jsonl"
 
 
 def _tokens(groups: Sequence[Group]) -> int:
@@ -156,12 +163,6 @@ def _report(stage: Stage, groups: Sequence[Group], sampled_tokens: int, seconds:
     if sampled_tokens:
         stage.figure("tokens/s", sampled_tokens / seconds)
     stage.note(f"{len(responses)} answers, {_tokens(groups)} tokens, {unfinished} unfinished; {rate}")
-
-
-def _shard_name(request: dict[str, Any], prompts: Sequence[Prompt]) -> str:
-    """The file name of a shard: a hash of the request and of the shard's prompts."""
-    text = json.dumps([request, [prompt.to_json() for prompt in prompts]], sort_keys=True)
-    return f"groups-{_sha256(text)[:24]}.jsonl"
 
 
 def _write_shard(file: Path | None, groups: Sequence[Group]) -> None:

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 2e-3
 """Nats a token, on average, that log-probabilities of sampled ids may be from the trainer's, for a float32 model: the
-order of sums differs."""
+order of sums differs (seen with SmolLM2-135M: 7e-6)."""
 
 HALF_TOLERANCE = 0.08
-"""The same for a model in half precision: its weights and products are rounded."""
+"""The same for a model in half precision: its weights and products are rounded (seen: 0.03 in bfloat16)."""
 
 HALF = {torch.bfloat16, torch.float16}
 
@@ -62,7 +62,8 @@ class _Answer:
     uniforms: np.ndarray
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason = "length"
+    is_open: bool = True
 
 
 class TransformersEngine:
@@ -150,11 +151,11 @@ class TransformersEngine:
                 logits.append(batch.join([answer.prompt for answer in joining]))
             tokens, logps = draw(torch.cat(logits), self._numbers(rows), sampling)
             for answer, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
-                if answer.finish_reason is None:
+                if answer.is_open:
                     self._append(answer, token, logp, prompts[answer.prompt], sampling)
-                    if answer.finish_reason is not None:
+                    if not answer.is_open:
                         advance(1)
-            order = batch.keep([row for row, answer in enumerate(rows) if answer.finish_reason is None])
+            order = batch.keep([row for row, answer in enumerate(rows) if answer.is_open])
             rows = [rows[row] for row in order]
             logits = [batch.step(tokens[torch.tensor(order, device=tokens.device)])] if rows else []
 
@@ -181,8 +182,7 @@ class TransformersEngine:
         answer.logps.append(round(logp, 6))
         if ends(self.chat, answer.token_ids, sampling):
             answer.finish_reason = "stop"
-        elif len(answer.token_ids) == sampling.max_new_tokens:
-            answer.finish_reason = "length"
+        answer.is_open = answer.finish_reason == "length" and len(answer.token_ids) < sampling.max_new_tokens
 
     def _response(self, answer: _Answer) -> Response:
         return Response(
