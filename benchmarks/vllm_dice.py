@@ -21,7 +21,6 @@ from prefloop.models import ModelRef
 from prefloop.records import Group
 from prefloop.sample.handover import Gap, measure
 from prefloop.sample.process import SupervisedProcess
-from prefloop.train.config import Compute
 
 STAGE = "round-2/groups"
 SMALL = """
@@ -125,7 +124,7 @@ def processes(folder: Path) -> list[int]:
 
 def gap(model: Path, groups: list[Group]) -> Gap:
     """How far vLLM's log-probabilities of the answers are from the trainer's under the weights in a folder."""
-    found = measure(ModelRef.of(model), groups, compute=Compute(), device="cpu", answers=10**6, seed=0)
+    found = measure(ModelRef.of(model), [groups], budget=2048, device="cpu", answers=10**6, seed=0)
     assert found is not None, "vLLM gave no log-probabilities"
     return found
 

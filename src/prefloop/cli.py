@@ -60,6 +60,8 @@ COMMANDS = {
                      "prefloop.commands:PairsOptions", "prefloop.commands:pairs"),
     "inspect": Command("steps", "rows of a file as a model will see them, token by token",
                        "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
+    "judge check": Command("steps", "how far an annotator can be trusted, on pairs whose answer is known",
+                           "prefloop.commands:JudgeCheckOptions", "prefloop.commands:judge_check"),
     "doctor": Command("steps", "what this machine makes of a model: path, parity, memory and time a step",
                       "prefloop.commands:DoctorOptions", "prefloop.commands:doctor"),
 }  # fmt: skip
@@ -76,7 +78,7 @@ def overview() -> str:
              "usage: prefloop COMMAND [OPTIONS]        prefloop COMMAND --help lists the options", ""]  # fmt: skip
     for family in dict.fromkeys(command.family for command in COMMANDS.values()):
         lines.append(f"{family}:")
-        lines += [f"  {name:<9}{command.line}" for name, command in COMMANDS.items() if command.family == family]
+        lines += [f"  {name:<13}{command.line}" for name, command in COMMANDS.items() if command.family == family]
         lines.append("")
     lines += [
         "A recipe keeps its work in a run folder (--out); the same command run again continues it.",
@@ -223,7 +225,8 @@ def dispatch(argv: list[str]) -> None:
     if argv[0] in ("--version", "-V"):
         print(f"prefloop {__version__}")
         return
-    name, *args = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, args = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}.{did_you_mean(name, list(COMMANDS))} See prefloop --help")
     command = COMMANDS[name]

@@ -1,4 +1,4 @@
-"""The single steps as commands: `prefloop sample | score | pairs | inspect | doctor`, file in, file out.
+"""The single steps as commands: `prefloop sample | score | pairs | inspect | judge check | doctor`, file in, file out.
 
 A step works in a folder OUT.work beside its output, which keeps finished parts when it is interrupted and is removed
 when the output is complete. An output that exists already is never overwritten.
@@ -20,6 +20,7 @@ from prefloop.data.groups import read_groups
 from prefloop.data.mapping import load_prompts
 from prefloop.errors import InputError
 from prefloop.feedback.implicit_reward import implicit_reward
+from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.models import load_tokenizer, resolve
 from prefloop.pairs.filters import keep_finished, keep_scored
 from prefloop.pairs.replay import mix
@@ -79,6 +80,20 @@ class InspectOptions(Config):
     model: str = Field(default="smollm2-135m", description="whose tokenizer and chat template to use")
     rows: int = Field(default=3, ge=1, description="how many rows to show")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+
+
+class JudgeCheckOptions(Config):
+    """How far a judge can be trusted, on pairs whose answer is known, before it labels anything: agreement, how often
+    it follows the slot or the length, abstentions, and what it costs.
+    """
+
+    annotator: AnnotatorName = ""
+    gold: str = Field(default="", description="pairs with known preference: a file, a data set, or seed:train")
+    limit: int | None = Field(default=None, ge=1, description="only the first so many")
+    dry_run: bool = Field(default=False, description="say what it would take in calls, tokens and money; ask nothing")
+    feedback: Feedback = Field(default_factory=Feedback)
+    compute: Compute = Field(default_factory=Compute)
+    out: str = Field(default="", description="a JSON file to write all figures to")
 
 
 class DoctorOptions(Config):
@@ -157,6 +172,28 @@ def inspect(options: InspectOptions) -> None:
     needed(options, "file")
     chat = ChatFormat(load_tokenizer(resolve(options.model)))
     inspect_rows(options.file, chat, Console(), n=options.rows, on_bad_row=options.on_bad_row)
+
+
+def judge_check(options: JudgeCheckOptions) -> None:
+    """`prefloop judge check`."""
+    from prefloop.feedback.gold import check_judge, estimate_check
+    from prefloop.feedback.registry import load_annotator, load_meter
+
+    needed(options, "annotator", "gold")
+    out = new_file(options.out) if options.out else None
+    meter = load_meter(options.feedback)
+    annotator = load_annotator(options.annotator, options.feedback, compute=options.compute, meter=meter)
+    estimates = estimate_check(options.gold, annotator, meter=meter, limit=options.limit)
+    for estimate in estimates:
+        print(estimate.render())
+    if options.dry_run:
+        if not estimates:
+            print(f"{annotator.name}: no calls")
+        return
+    report = check_judge(options.gold, annotator, meter=meter, limit=options.limit)
+    Console().print(report.render())
+    if out:
+        write_atomically(out, report.to_json() + "\n")
 
 
 def doctor(options: DoctorOptions) -> None:

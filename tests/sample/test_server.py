@@ -23,7 +23,7 @@ from prefloop.sample.server import ServerEngine, in_threads
 from tests.sample.engines import CHAT, PROMPTS, ids_of, stopping_llama
 from tests.sample.loopback import Loopback, Misbehaviour, Reply, refusal, server, shared
 
-SAMPLING = Sampling(max_new_tokens=30)
+SAMPLING = Sampling(max_new_tokens=20)
 LETTERS = [CHAT.tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "etaoin"]
 
 
@@ -155,8 +155,8 @@ def run_on(choice: dict[str, Any]) -> None:
 
 
 def add_many(choice: dict[str, Any]) -> None:
-    choice["token_ids"] = [LETTERS[0]] * 31
-    choice["logprobs"]["token_logprobs"] = [-1.0] * 31
+    choice["token_ids"] = [LETTERS[0]] * 21
+    choice["logprobs"]["token_logprobs"] = [-1.0] * 21
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Misbehaviour:
@@ -179,11 +179,11 @@ MISBEHAVIOURS: dict[str, tuple[Misbehaviour, type[PrefloopError], str]] = {
     "a logp of NaN": (spoil, EngineError, r"1 of \d+ log-probabilities are not numbers.*try float32"),
     "no end token": (edited(drop_end), EngineError, "says 'stop' and 'no end' is right"),
     "goes on past the end": (edited(run_on), EngineError, "goes on past its end; the server does not honour"),
-    "too many tokens": (edited(add_many), EngineError, "has 31 tokens; expected 1 to 30"),
+    "too many tokens": (edited(add_many), EngineError, "has 21 tokens; expected 1 to 20"),
     "no tokens": (
         edited(lambda c: c.update(token_ids=[], logprobs={"token_logprobs": []})),
         EngineError,
-        "has 0 tokens; expected 1 to 30",
+        "has 0 tokens; expected 1 to 20",
     ),
     "another reason": (
         edited(lambda c: c.update(finish_reason="abort")),

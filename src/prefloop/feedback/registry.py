@@ -126,10 +126,43 @@ def _file(path: str, setting: Setting) -> Annotator:
     return annotator
 
 
+def _local_judge(model: str, setting: Setting) -> Annotator:
+    from prefloop.feedback.judge import load_local_judge
+
+    return load_local_judge(
+        model,
+        instruction=setting.feedback.instruction,
+        compute=setting.compute,
+        cache=setting.cache,
+        meter=setting.meter,
+        stage=setting.stage,
+    )
+
+
+def _api_judge(model: str, setting: Setting) -> Annotator:
+    from prefloop.feedback.api_judge import load_api_judge
+    from prefloop.feedback.chat_server import Patience
+
+    feedback = setting.feedback
+    return load_api_judge(
+        model,
+        instruction=feedback.instruction,
+        base_url=feedback.base_url,
+        api_key_env=feedback.api_key_env,
+        cache=setting.cache,
+        meter=setting.meter,
+        concurrency=feedback.concurrency,
+        patience=Patience(timeout=feedback.timeout),
+        stage=setting.stage,
+    )
+
+
 ANNOTATORS: dict[str, Callable[[str, Setting], Annotator]] = {
     "rule": _rule,
     "reward-model": _reward_model,
     "implicit-reward": _implicit_reward,
     "file": _file,
+    "judge": _local_judge,
+    "api": _api_judge,
 }
 """What stands before the colon -> (what stands after it, setting) -> annotator."""

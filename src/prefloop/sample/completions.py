@@ -20,9 +20,9 @@ COLDEST = 0.01
 
 
 class Ask(NamedTuple):
-    """One answer that is wanted: answer `k` to `prompt`, which is number `index` of the prompts."""
+    """One answer that is wanted: answer `k` to `prompt`, whose place among the prompts is `place`."""
 
-    index: int
+    place: int
     k: int
     prompt: Prompt
     prompt_ids: list[int]

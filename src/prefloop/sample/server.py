@@ -90,18 +90,18 @@ class ServerEngine:
             return []
         prompt_ids = checked_prompt_ids(self.chat, prompts, sampling, self._room())
         asks = [
-            Ask(index, number, prompt, ids, answer_seed(seed, prompt.id, number))
-            for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+            Ask(place, number, prompt, ids, answer_seed(seed, prompt.id, number))
+            for place, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
             for number in range(k)
         ]
         responses: dict[tuple[int, int], Response] = {}
         with closing(in_threads(lambda ask: self._answer(ask, sampling), asks, self.options.concurrency)) as answers:
             for ask, answer in answers:
-                responses[ask.index, ask.k] = answer
+                responses[ask.place, ask.k] = answer
                 advance(1)
         return [
-            Group(prompt=prompt, responses=tuple(responses[index, number] for number in range(k)))
-            for index, prompt in enumerate(prompts)
+            Group(prompt=prompt, responses=tuple(responses[place, number] for number in range(k)))
+            for place, prompt in enumerate(prompts)
         ]
 
     def close(self) -> None:
