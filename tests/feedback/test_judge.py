@@ -312,7 +312,7 @@ def test_probabilities_are_summed_over_the_spellings_of_a_label() -> None:
     ("text", "q"),
     [
         ("1", 1.0), (" 2\n", 0.0), ("**1**", 1.0), ('"2".', 0.0), ("(1)", 1.0), ("Preferred response: 2", 0.0),
-        ('{"answer": "1"}', 1.0), ('```json\n{"preferred": 2}\n```', 0.0), ("Both fine.\nPreferred response: **1**", 1.0),
+        ('{"answer": "1"}', 1.0), ('```json\n{"preferred": 2}\n```', 0.0), ("Fine.\nPreferred response: **1**", 1.0),
         ("", None), ("12", None), ("1 or 2", None), ("Response 1", None), ("-1", None), ("neither", None), ("3", None),
         ('{"a": 1, "b": 2}', None), ('{"a": [1]}', None), ('["1"]', None), ("{'a': 1}", None), ("I think 1", None),
         ("Preferred response: 1\nPreferred response: 2", None), ("Preferred response: 1\nNo.", None),
@@ -336,8 +336,14 @@ def test_mass_and_progress_add_up() -> None:
         mass.add(one)
     assert (mass.mean, mass.share_low) == (pytest.approx(0.5), pytest.approx(2 / 3))
     for comparisons, questions in ((3, 6), (5, 7), (4, 0), (0, 0)):
-        seen: list[int] = []
-        step = in_comparisons(lambda n=1: seen.append(n), comparisons, questions)
-        for _ in range(questions):
-            step(1)
-        assert sum(seen) == comparisons and min(seen) >= 0
+        assert sum(reported(comparisons, questions)) == comparisons
+        assert min(reported(comparisons, questions)) >= 0
+
+
+def reported(comparisons: int, questions: int) -> list[int]:
+    """What `in_comparisons` reports, question by question."""
+    seen: list[int] = []
+    step = in_comparisons(lambda n=1: seen.append(n), comparisons, questions)
+    for _ in range(questions):
+        step(1)
+    return seen

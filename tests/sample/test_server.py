@@ -19,7 +19,7 @@ from prefloop.sample.completions import Model, choose_model
 from prefloop.sample.engine import answer_seed, ends
 from prefloop.sample.options import Server
 from prefloop.sample.sampling import Sampling
-from prefloop.sample.server import ServerEngine, in_threads
+from prefloop.sample.server import ServerEngine, in_threads, server_obstacle
 from tests.sample.engines import CHAT, PROMPTS, ids_of, stopping_llama
 from tests.sample.loopback import Loopback, Misbehaviour, Reply, refusal, server, shared
 
@@ -353,6 +353,7 @@ def test_without_the_client_package_the_extra_is_named(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=r"pip install 'prefloop\[server\]'"):
         server(1)
+    assert server_obstacle(SAMPLING) == "openai is not installed (pip install 'prefloop[server]')"
 
 
 @pytest.mark.parametrize(

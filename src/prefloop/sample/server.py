@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -174,6 +175,13 @@ class ServerEngine:
         """One short line of what a server or a library said, with the key taken out."""
         line = " ".join(text.split())
         return (line.replace(self._api_key, "***") if self._api_key else line)[:300]
+
+
+def server_obstacle(sampling: Sampling) -> str | None:
+    """Why no server can be sampled from here in this way, or None."""
+    if find_spec("openai") is None:
+        return "openai is not installed (pip install 'prefloop[server]')"
+    return sampling_obstacle(sampling)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -22,12 +22,11 @@ from prefloop.errors import EngineError, InputError
 from prefloop.models import ModelRef
 from prefloop.progress import Advance, ignore
 from prefloop.records import Group, Prompt
-from prefloop.sample.completions import sampling_obstacle
 from prefloop.sample.engine import Engine, check_request, checked_prompt_ids
 from prefloop.sample.options import Server
 from prefloop.sample.process import SupervisedProcess
 from prefloop.sample.sampling import Sampling
-from prefloop.sample.server import TOLERANCE, ServerEngine, check_sampling
+from prefloop.sample.server import TOLERANCE, ServerEngine, check_sampling, server_obstacle
 
 HOST = "127.0.0.1"
 LAST_LINES = 20
@@ -59,7 +58,7 @@ def vllm_engine(
 
 def vllm_obstacle(options: Server, sampling: Sampling) -> str | None:
     """Why vLLM cannot be used here for `sampling`, or None."""
-    obstacle = sampling_obstacle(sampling)
+    obstacle = server_obstacle(sampling)
     if obstacle is None and not options.url:
         try:
             vllm_python(options.python)
@@ -132,6 +131,8 @@ class VllmEngine:
     def _start(self) -> ServerEngine:
         """A server that is ready, and the engine over it."""
         port, key = _free_port(), secrets.token_hex(16)
+        options = self.options.replace(url=f"http://{HOST}:{port}/v1", model=served_name(self.policy))
+        engine = ServerEngine(self.chat, options, context=self.context, dtype=self.dtype, api_key=key)
         if self._log is None:
             handle, name = tempfile.mkstemp(prefix="prefloop-vllm-", suffix=".log")
             os.close(handle)
@@ -150,8 +151,7 @@ class VllmEngine:
         except BaseException:
             self._process.close()
             raise
-        options = self.options.replace(url=f"http://{HOST}:{port}/v1", model=served_name(self.policy))
-        return ServerEngine(self.chat, options, context=self.context, dtype=self.dtype, api_key=key)
+        return engine
 
     def _wait_until_ready(self, port: int) -> None:
         assert self._process is not None
