@@ -20,7 +20,6 @@ it is told. `logprob_gap` is |log p(engine) - log p(trainer, float32)| by token,
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -29,6 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shapes import SHAPES, shaped
 from turns import Side, report, timed
 
 if TYPE_CHECKING:
@@ -37,19 +37,8 @@ if TYPE_CHECKING:
 
 K = 8
 BASELINE = "generate"
-SMOLLM2 = "smollm2-135m"
-
-# Of Llama-3.2-1B and Llama-3.1-8B, from their published config.json, with a shorter context.
-LLAMA = {"vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        **LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        **LLAMA, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+TOKENS_PER_FORWARD = 2048
+"""Of the trainer's float32 pass over the answers."""
 
 
 class Job(NamedTuple):
@@ -157,21 +146,6 @@ def peak_memory(device: str) -> int:
     return sum(1024 * int(statuses[pid].get("VmHWM", "0 kB").split()[0]) for pid in tree)
 
 
-def random_model(shape: str, folder: Path, device: str) -> None:
-    """Write a model of this shape with random bfloat16 weights, and SmolLM2's tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from prefloop.models import load_tokenizer, resolve, write_model
-
-    tokenizer: Any = load_tokenizer(resolve(SMOLLM2))
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    write_model(folder, model, tokenizer)
-
-
 def best_batch_size(job: Job, sizes: list[int]) -> tuple[int, dict[str, dict[str, float]]]:
     """The baseline's fastest batch size, and rate and memory at each: one pass over all prompts, alone."""
     found = {}
@@ -214,7 +188,6 @@ def compare(job: Job, engines: list[str], sizes: list[int]) -> dict[str, Any]:
     """The figures of every engine, against the baseline at its best."""
     from prefloop.models import resolve
     from prefloop.sample.handover import measure
-    from prefloop.train.config import Compute
 
     best, search = best_batch_size(job, sizes)
     jobs = [job._replace(batch_size=best), *(job._replace(engine=name) for name in engines)]
@@ -222,8 +195,8 @@ def compare(job: Job, engines: list[str], sizes: list[int]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, figures in zip(engines, ours, strict=True):
         gap = measure(
-            resolve(job.model), figures.pop("groups"), compute=Compute(device=job.device, dtype="float32"),
-            device=job.device, answers=len(job.prompts) * K, seed=0,
+            resolve(job.model), [figures.pop("groups")], budget=TOKENS_PER_FORWARD, device=job.device,
+            answers=len(job.prompts) * K, seed=0,
         )  # fmt: skip
         result[name] = {
             "speed_ratio": figures["tokens_per_second"] / them["tokens_per_second"],
@@ -268,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=engine_names, default="transformers,openvino", help="with commas")
     parser.add_argument("--baseline", choices=[BASELINE], default=BASELINE)
-    parser.add_argument("--model", default=SMOLLM2, help="a folder, a hub id or smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m", help="a folder, a hub id or smollm2-135m")
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, in place of --model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -288,16 +261,10 @@ def main() -> None:
     every = load_prompts("seed").records
     count, turns, sizes = (8, 1, [32, 64]) if args.quick else (args.prompts, args.turns, args.batch_sizes)
     prompts = tuple(every[i] for i in sorted(generator(0, "prompts").permutation(len(every))[:count]))
-    with tempfile.TemporaryDirectory(prefix="prefloop-sampling-") as temporary:
-        folder = Path(temporary)
-        model = args.model
-        if args.shape:
-            model = str(folder / args.shape)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                pool.apply(random_model, (args.shape, Path(model), args.device))
+    with tempfile.TemporaryDirectory(prefix="prefloop-sampling-") as logs, shaped(args.shape, args.device) as folder:
         job = Job(
-            BASELINE, model, args.dtype, args.device, prompts, args.max_new_tokens, args.batch_size, turns + 1,
-            vllm_server(args.vllm_python, args.device), folder,
+            BASELINE, folder or args.model, args.dtype, args.device, prompts, args.max_new_tokens, args.batch_size,
+            turns + 1, vllm_server(args.vllm_python, args.device), Path(logs),
         )  # fmt: skip
         fitting = [size for size in sizes if size <= count * K] or [count * K]
         result = compare(job, args.engines, fitting)

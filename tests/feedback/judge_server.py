@@ -12,16 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from prefloop.feedback.api_judge import ApiJudge, load_api_judge
+from prefloop.feedback.cache import JudgementCache
+from prefloop.feedback.chat_server import Patience
+from prefloop.feedback.meter import Meter
+
+PATIENCE = Patience(timeout=5.0, retries=3, backoff=0.001, longest_wait=0.5)
 FENCED = re.compile(r"<<<([0-9a-f]{8})\n(.*?)\n\1>>>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes out for a request. `announced`: Content-Length, when it is not that of the body; `delay` in seconds;
-    `cut`: the connection ends without a word.
+    """What goes out for a request. `announced`: Content-Length, when it is not that of the body; `delay`: seconds, more
+    than anybody waits; `cut`: the connection ends without a word.
     """
 
     body: bytes
@@ -43,7 +50,9 @@ class Reply:
 
     @property
     def is_answer(self) -> bool:
-        return self.status == 200 and not self.cut and self.announced in (None, len(self.body))
+        """Whether a completion reaches the one who asked."""
+        whole = self.announced is None and not self.cut and not self.delay
+        return whole and self.status == 200 and b'"choices"' in self.body and self.body.endswith(b"}")
 
 
 def refusal(status: int, message: str = "no", code: str | None = None, **headers: str) -> Reply:
@@ -52,6 +61,13 @@ def refusal(status: int, message: str = "no", code: str | None = None, **headers
 
 Misbehaviour = Callable[[int, dict[str, Any], Reply], Reply]
 """(number of the request from 1, its body, reply that would go out) -> reply that goes out."""
+
+
+def judge_of(server: "JudgeServer | str", cache: Path, *, meter: Meter | None = None, **options: Any) -> ApiJudge:
+    """A judge that asks this server (or address), with a cache file, and waits of milliseconds."""
+    settings = {"instruction": "helpfulness", "patience": PATIENCE, "meter": meter or Meter(), **options}
+    url = server if isinstance(server, str) else server.url
+    return load_api_judge("small", base_url=url, cache=JudgementCache(cache), **settings)
 
 
 def behave(number: int, body: dict[str, Any], reply: Reply) -> Reply:

@@ -313,8 +313,9 @@ def test_probabilities_are_summed_over_the_spellings_of_a_label() -> None:
     [
         ("1", 1.0), (" 2\n", 0.0), ("**1**", 1.0), ('"2".', 0.0), ("(1)", 1.0), ("Preferred response: 2", 0.0),
         ('{"answer": "1"}', 1.0), ('```json\n{"preferred": 2}\n```', 0.0), ("Fine.\nPreferred response: **1**", 1.0),
+        ('["1"]', 1.0),
         ("", None), ("12", None), ("1 or 2", None), ("Response 1", None), ("-1", None), ("neither", None), ("3", None),
-        ('{"a": 1, "b": 2}', None), ('{"a": [1]}', None), ('["1"]', None), ("{'a': 1}", None), ("I think 1", None),
+        ('{"a": 1, "b": 2}', None), ('{"a": [1]}', None), ("{'a': 1}", None), ("I think 1", None),
         ("Preferred response: 1\nPreferred response: 2", None), ("Preferred response: 1\nNo.", None),
         ("Preferred response: both", None), ("１", None), ("one", None),
     ],

@@ -8,6 +8,7 @@ As a program it takes the part of `vllm.entrypoints.openai.api_server` (see test
 """
 
 import argparse
+import atexit
 import json
 import os
 import time
@@ -281,7 +282,9 @@ def shared() -> Loopback:
     """One well-behaved server for all tests of a session."""
     from tests.sample.engines import CHAT, stopping_llama  # which has this module's `server` in its table
 
-    return Loopback(stopping_llama(), CHAT.tokenizer)
+    running = Loopback(stopping_llama(), CHAT.tokenizer)
+    atexit.register(running.__exit__)  # a thread that is inside torch when the interpreter goes would abort it
+    return running
 
 
 def server(batch_size: int) -> Engine:

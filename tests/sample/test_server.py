@@ -15,7 +15,7 @@ import torch
 from prefloop.config import parse_config
 from prefloop.errors import EngineError, InputError, PrefloopError
 from prefloop.records import Group
-from prefloop.sample.completions import Model, choose_model
+from prefloop.sample.completions import Ask, Choice, Completion, Logprobs, Model, choose_model, response
 from prefloop.sample.engine import answer_seed, ends
 from prefloop.sample.options import Server
 from prefloop.sample.sampling import Sampling
@@ -38,20 +38,20 @@ def loopback(**manners: Any) -> Iterator[Loopback]:
 
 
 def flat(groups: list[Group]) -> list[tuple[Group, Any]]:
-    return [(group, response) for group in groups for response in group.responses]
+    return [(group, answer) for group in groups for answer in group.responses]
 
 
 def test_log_probabilities_are_those_of_the_model_before_temperature_and_truncation() -> None:
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=20)
     model = stopping_llama()
-    for group, response in flat(server(8).sample(PROMPTS, k=2, sampling=sampling, seed=1)):
+    for group, answer in flat(server(8).sample(PROMPTS, k=2, sampling=sampling, seed=1)):
         prompt = CHAT.prompt_ids(group.prompt)
-        ids = torch.tensor([[*prompt, *response.token_ids]])
+        ids = torch.tensor([[*prompt, *answer.token_ids]])
         with torch.inference_mode():
             logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(dim=1)
         expected = logps.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
-        assert response.sampling_logps == pytest.approx(expected, abs=1e-4)
-        assert all(logp == round(logp, 6) for logp in response.sampling_logps)
+        assert answer.sampling_logps == pytest.approx(expected, abs=1e-4)
+        assert all(logp == round(logp, 6) for logp in answer.sampling_logps)
 
 
 def test_every_value_that_decides_a_draw_is_stated() -> None:
@@ -111,8 +111,8 @@ def test_the_model_s_own_list_of_end_tokens_ends_nothing_on_vllm_and_is_noticed_
 
 
 def test_stop_strings_and_stop_ids_end_an_answer_and_stay_in_it() -> None:
-    free = [response for _, response in flat(server(64).sample(PROMPTS, k=4, sampling=SAMPLING, seed=2))]
-    text = max((response.text for response in free), key=len)
+    free = [answer for _, answer in flat(server(64).sample(PROMPTS, k=4, sampling=SAMPLING, seed=2))]
+    text = max((answer.text for answer in free), key=len)
     string = next(text[i : i + 2] for i in range(3, len(text)) if text[i : i + 2].isascii())
     id = free[0].token_ids[4]
     sampling = SAMPLING.replace(stop=(string,), stop_token_ids=(id,))
@@ -218,6 +218,15 @@ def test_a_server_that_misbehaves_is_told_by_its_url_and_the_fault(name: str) ->
     with loopback(misbehave=misbehave) as bad, pytest.raises(error, match=says) as caught:
         engine(bad.url).sample(PROMPTS, k=2, sampling=SAMPLING, seed=3)
     assert bad.url in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_that_does_not_know_stop_strings_is_noticed() -> None:
+    ids = CHAT.response_ids("red, blue")
+    choice = Choice(finish_reason="stop", token_ids=ids, logprobs=Logprobs(token_logprobs=[-1.0] * len(ids)))
+    ask = Ask(place=0, k=1, prompt=PROMPTS[0], prompt_ids=[1], seed=0)
+    assert response(Completion(choices=[choice]), ask, CHAT, SAMPLING, "url").text == "red, blue"
+    with pytest.raises(EngineError, match="url: answer 1 to prompt 'colour' goes on past its end"):
+        response(Completion(choices=[choice]), ask, CHAT, SAMPLING.replace(stop=(", ",)), "url")
 
 
 def test_an_answer_that_takes_too_long_is_not_waited_for() -> None:

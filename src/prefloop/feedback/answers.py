@@ -86,7 +86,7 @@ def by_probability(top: Mapping[str, float], labels: tuple[str, str], *, least: 
         math.fsum(math.exp(logp) for token, logp in top.items() if spelled(token) == label) for label in labels
     )
     mass = min(1.0, first + second)
-    if mass < least:
+    if mass < least or mass == 0:
         return Said(None, mass, "the first token of the answer is no label")
     return Said(first / (first + second), mass)
 

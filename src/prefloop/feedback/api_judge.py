@@ -228,8 +228,9 @@ class ApiJudge:
             }
             try:
                 for future in as_completed(open_ones):
-                    found[open_ones[future]] = future.result()
-                    advance(1)
+                    if not isinstance(future.exception(), Stopped):  # what stopped it is in another future
+                        found[open_ones[future]] = future.result()
+                        advance(1)
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -237,9 +238,14 @@ class ApiJudge:
         return found
 
     def _settle(self, question: Question, kept: Mapping[str, Answer], stop: Event) -> Said:
-        return self._settled(
-            lambda attempt: kept.get(self._key(question, attempt)) or self._send(question, attempt, stop)
-        )
+        """What is said to a question; an error stops the other questions before this thread takes the next."""
+        try:
+            return self._settled(
+                lambda attempt: kept.get(self._key(question, attempt)) or self._send(question, attempt, stop)
+            )
+        except BaseException:
+            stop.set()
+            raise
 
     def _send(self, question: Question, attempt: int, stop: Event) -> Answer:
         """One answer of the server, counted and kept. What the server does not take costs nothing and is not kept."""

@@ -5,6 +5,7 @@ by kind: status 408, 409, 429 and 5xx, time-outs, connections that break or are 
 not of the protocol. The client's own retries are off: they would not be counted, nor end when the run ends.
 """
 
+import json
 import os
 import random
 import re
@@ -114,13 +115,11 @@ class ChatServer:
         self._answered = False
 
     def complete(self, body: dict[str, Any], stop: Event) -> ChatCompletion:
-        """The answer to a request. Raises Refused for this question alone, Stopped once `stop` is set, InputError for
-        what the user has to mend, FeedbackError when the server is gone.
+        """The answer to a request. Raises Refused for this question alone, Stopped in place of a wait once `stop` is
+        set, InputError for what the user has to mend, FeedbackError when the server is gone.
         """
         failures = 0
         while True:
-            if stop.is_set():
-                raise Stopped
             try:
                 completion = self._send(body)
             except _Failure as failure:
@@ -129,7 +128,8 @@ class ChatServer:
                 wait = failure.retry_after or self.patience.wait(failures)
                 if failures > self._retries(failure) or wait > self.patience.longest_wait:
                     raise self._gone(failure, failures, wait) from None
-                stop.wait(wait)
+                if stop.wait(wait):
+                    raise Stopped from None
             else:
                 self._answered = True
                 return completion
@@ -139,7 +139,7 @@ class ChatServer:
 
     def redacted(self, text: str) -> str:
         """A text without the key."""
-        for written in sorted({self._key, repr(self._key)[1:-1]}, key=len, reverse=True):
+        for written in sorted({self._key, repr(self._key)[1:-1], json.dumps(self._key)[1:-1]}, key=len, reverse=True):
             text = text.replace(written, "***") if written else text
         return text
 
@@ -174,7 +174,7 @@ class ChatServer:
                 "same command again"
             )
         if status in AGAIN or status >= 500:
-            return _Failure(f"status {status}", f"{status}: {said}", _retry_after(error.response.headers))
+            return _Failure(f"status {status}", said, _retry_after(error.response.headers))
         if "content_filter" in (error.code or "") or "content_policy" in (error.code or ""):
             return Refused("refused by the server's content filter")
         if status == 413 or (
@@ -187,7 +187,7 @@ class ChatServer:
                 "begins, as in http://127.0.0.1:8000/v1"
             )
         return InputError(
-            f"{asked} does not take the request ({status}: {said}); choose another model, or change the request: "
+            f"{asked} does not take the request ({said}); choose another model, or change the request: "
             "votes = 1 asks for no log-probabilities, and a None in extra leaves a field out"
         )
 
