@@ -18,12 +18,11 @@ from tests.feedback.judge_server import JudgeServer, judge_of
 
 @pytest.fixture
 def gold(tmp_path: Path) -> Path:
-    """Forty pairs, in thirty of which the gold answer is the longer one, and one of two equal answers."""
+    """Forty pairs, in thirty of which the gold answer is the longer one."""
     file = tmp_path / "gold.jsonl"
     rows = [
         {"prompt": f"Question {i}?", "chosen": f"{i} " + "long " * 9, "rejected": f"{i} short"} for i in range(30)
     ] + [{"prompt": f"Question {i}?", "chosen": f"{i} short", "rejected": f"{i} " + "long " * 9} for i in range(30, 40)]
-    rows.append({"prompt": "Same?", "chosen": "yes", "rejected": "yes "})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
@@ -76,14 +75,14 @@ def test_which_answer_is_called_a_says_nothing_about_the_label(gold: Path) -> No
     questions = gold_questions(gold)
     assert questions == gold_questions(gold)
     assert 10 <= sum(question.sign == 1 for question in questions) <= 30
-    for prompt, (comparison, sign) in enumerate(questions[:40]):
+    for prompt, (comparison, sign) in enumerate(questions):
         chosen = comparison.a if sign == 1 else comparison.b
         assert ("long" in chosen.text) == (prompt < 30)
 
 
 def test_rules_against_gold(gold: Path) -> None:
     long = check_judge(gold, load_rule("long"), meter=Meter())
-    assert (long.pairs, long.identical, long.judged) == (41, 1, 40)
+    assert (long.pairs, long.judged) == (40, 40)
     assert long.agreement is not None and long.agreement[0] == 0.75
     assert (long.prefers_longer or [0])[0] == 1.0 and (long.gold_longer or [0])[0] == 0.75
     assert long.length_correlation == pytest.approx(1.0, abs=0.01)
@@ -110,7 +109,7 @@ def test_a_judge_that_leans_to_a_slot(gold: Path, tmp_path: Path) -> None:
     shown = " ".join(console.export_text().split())
     console.file.close()
     for expected in (
-        "40 of 41 judged", "not asked, identical 1", "agrees with gold 75.0 % [59.8, 85.8]",
+        "40 of 40 judged", "agrees with gold 75.0 % [59.8, 85.8]",
         "follows the slot 100.0 % [91.2, 100.0] (0 the first, 40 the second, of 40)", "gold: 75.0 % [59.8, 85.8]",
         "mean 0.4, below one half on 100.0 % of questions", "80 calls",
     ):  # fmt: skip
@@ -131,6 +130,11 @@ def test_a_check_that_a_budget_stops_goes_on(gold: Path, tmp_path: Path) -> None
 
 def test_a_limit_and_a_file_without_pairs(gold: Path, tmp_path: Path) -> None:
     assert check_judge(gold, load_rule("short"), meter=Meter(), limit=7).pairs == 7
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(gold.read_text(encoding="utf-8") + '{"prompt": "Same?", "chosen": "yes", "rejected": "yes"}\n')
+    with pytest.raises(InputError, match="line 41: 'chosen' and 'rejected' are the same text"):
+        check_judge(bad, load_rule("short"), meter=Meter())
+    assert check_judge(bad, load_rule("short"), meter=Meter(), on_bad_row="skip").pairs == 40
     empty = tmp_path / "empty.jsonl"
     empty.write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"empty\.jsonl"):

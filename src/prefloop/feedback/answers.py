@@ -138,6 +138,7 @@ def in_comparisons(advance: Advance, comparisons: int, questions: int) -> Advanc
     def step(n: int = 1, /) -> None:
         nonlocal done
         before, done = done, done + n
-        advance(done * comparisons // questions - before * comparisons // questions)
+        total = questions or 1  # without any, there is nothing left to report
+        advance(done * comparisons // total - before * comparisons // total)
 
     return step

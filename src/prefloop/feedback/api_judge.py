@@ -19,7 +19,7 @@ from prefloop.errors import InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, in_both_orders
 from prefloop.feedback.answers import LabelMass, Said, by_probability, by_text, in_comparisons
 from prefloop.feedback.cache import JudgementCache
-from prefloop.feedback.chat_server import ChatCompletion, ChatServer, Patience, Refused, Stopped, Usage
+from prefloop.feedback.chat_server import ChatCompletion, ChatServer, Patience, Refused, Stopped, TopLogprob, Usage
 from prefloop.feedback.estimate import Estimate, guessed_tokens
 from prefloop.feedback.instructions import Instruction, load_instruction
 from prefloop.feedback.meter import Meter, Prices
@@ -33,6 +33,8 @@ TOP = 20
 """Likeliest tokens that are asked for; the protocol's limit."""
 LEAST_LOGPROB = -9999.0
 """What servers write for minus infinity, which JSON has not."""
+ROUNDING = 1e-3
+"""How far above 0 a log-probability may be."""
 LEAST_MASS = 0.1
 """Of the labels among them. A label that is missing is then far less likely than the one that is there."""
 
@@ -83,7 +85,7 @@ class Answer(Record):
 
     @classmethod
     def of(cls, completion: ChatCompletion) -> "Answer":
-        """What a judge needs of an answer; where a token is listed twice, the likelier one counts."""
+        """What a judge needs of an answer."""
         if not completion.choices:
             return cls(fault="empty choices")
         choice = completion.choices[0]
@@ -93,8 +95,7 @@ class Answer(Record):
             return cls(fault="the judge refused to answer", final=True)
         tokens = (choice.logprobs.content if choice.logprobs else None) or []
         first = next((token for token in tokens if token.token.strip()), None)
-        likeliest_last = sorted(first.top_logprobs, key=lambda top: top.logprob) if first else []
-        top = {top.token: max(top.logprob, LEAST_LOGPROB) for top in likeliest_last} or None
+        top = _likeliest(first.top_logprobs) if first else None
         if not choice.message.content and not top:
             return cls(fault="empty answer")
         return cls(text=choice.message.content or "", top=top)
@@ -113,6 +114,13 @@ class Answer(Record):
             return voted
         likely = by_probability(self.top, instruction.labels, least=LEAST_MASS)
         return likely if likely.q is not None else voted._replace(mass=likely.mass)
+
+
+def _likeliest(listed: Sequence[TopLogprob]) -> dict[str, float] | None:
+    """Log-probabilities by token, the likelier one where a token is listed twice; None when they are none."""
+    if not listed or not all(one.logprob <= ROUNDING for one in listed):
+        return None
+    return {one.token: max(one.logprob, LEAST_LOGPROB) for one in sorted(listed, key=lambda one: one.logprob)}
 
 
 class Question(NamedTuple):

@@ -10,13 +10,14 @@ import os
 import random
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from threading import Event
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from prefloop.errors import FeedbackError, InputError, PrefloopError
 from prefloop.sample.options import Server
@@ -34,7 +35,7 @@ class TopLogprob(BaseModel):
     """One of the likeliest tokens."""
 
     token: str
-    logprob: float = Field(le=1e-3, description="never above 0, but for rounding; minus infinity is probability 0")
+    logprob: float
 
 
 class TokenLogprobs(TopLogprob):
@@ -112,6 +113,7 @@ class ChatServer:
         self._key = _read_key(api_key_env)
         options = Server(url=self.url, timeout=patience.timeout, retries=0)
         self._client = _client(options, self._key)
+        self._close = weakref.finalize(self, self._client.close)
         self._answered = False
 
     def complete(self, body: dict[str, Any], stop: Event) -> ChatCompletion:
@@ -135,7 +137,7 @@ class ChatServer:
                 return completion
 
     def close(self) -> None:
-        self._client.close()
+        self._close()
 
     def redacted(self, text: str) -> str:
         """A text without the key."""

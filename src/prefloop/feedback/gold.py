@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prefloop.data.mapping import load_pairs
+from prefloop.data.mapping import OnBadRow, load_pairs
 from prefloop.errors import InputError
 from prefloop.evaluate.reward_accuracy import accuracy, wilson_interval
 from prefloop.feedback.annotator import Annotator, Comparison, Judgement
@@ -46,7 +46,6 @@ class JudgeReport(Record):
     annotator: str
     gold: str
     pairs: int
-    identical: int
     judged: int
     ties: int
     abstained: dict[str, int]
@@ -80,7 +79,6 @@ class JudgeReport(Record):
         slots = f"{self.first_slot} the first, {self.second_slot} the second, of {both}"
         rows = [
             ("pairs", f"{self.judged} of {self.pairs} judged"),
-            ("not asked, identical", str(self.identical)),
             ("abstained", ", ".join(f"{n} {reason}" for reason, n in self.abstained.items()) or "0"),
             ("ties", str(self.ties)),
             ("agrees with gold", _percent(self.agreement)),
@@ -101,6 +99,7 @@ def check_judge(
     *,
     meter: Meter,
     limit: int | None = None,
+    on_bad_row: OnBadRow = "error",
     stage: Stage | None = None,
 ) -> JudgeReport:
     """Ask an annotator about gold pairs (anything that `load_pairs` reads; the first `limit`) and compare.
@@ -109,18 +108,15 @@ def check_judge(
     annotator raises; what is answered by then is in its cache.
     """
     start = time.monotonic()
-    questions = gold_questions(gold, limit)
-    different = [question for question in questions if not question.comparison.identical]
-    judgements = ask([question.comparison for question in different], annotator, stage=stage)
-    report = compare(different, judgements)
+    questions = gold_questions(gold, limit, on_bad_row)
+    judgements = ask([question.comparison for question in questions], annotator, stage=stage)
     mass: LabelMass | None = getattr(annotator, "mass", None)
     return JudgeReport.model_validate(
         {
             "annotator": annotator.name,
             "gold": str(gold),
             "pairs": len(questions),
-            "identical": len(questions) - len(different),
-            **report,
+            **compare(questions, judgements),
             "label_mass": mass.mean if mass else None,
             "low_mass": mass.share_low if mass else None,
             "usage": meter.summary(),
@@ -129,9 +125,13 @@ def check_judge(
     )
 
 
-def estimate_check(gold: str | Path, annotator: Annotator, *, meter: Meter, limit: int | None = None) -> list[Estimate]:
+def estimate_check(
+    gold: str | Path, annotator: Annotator, *, meter: Meter, limit: int | None = None, on_bad_row: OnBadRow = "error"
+) -> list[Estimate]:
     """What `check_judge` would need of every LLM judge in the annotator; nothing is asked."""
-    return estimate(annotator, [question.comparison for question in gold_questions(gold, limit)], meter.prices)
+    return estimate(
+        annotator, [question.comparison for question in gold_questions(gold, limit, on_bad_row)], meter.prices
+    )
 
 
 class Question(NamedTuple):
@@ -141,9 +141,9 @@ class Question(NamedTuple):
     sign: int
 
 
-def gold_questions(gold: str | Path, limit: int | None = None) -> list[Question]:
+def gold_questions(gold: str | Path, limit: int | None = None, on_bad_row: OnBadRow = "error") -> list[Question]:
     """The questions of a file of pairs. Raises InputError when there are none."""
-    pairs = load_pairs(gold, limit=limit).records
+    pairs = load_pairs(gold, limit=limit, on_bad_row=on_bad_row).records
     if not pairs:
         raise InputError(f"{gold} has no pairs; expected rows with a prompt, a chosen and a rejected answer")
     return [_question(pair) for pair in pairs]

@@ -86,11 +86,11 @@ def _server(policy: ModelRef, setting: EngineSetting) -> Engine:
 
 
 def _server_obstacle(policy: ModelRef, sampling: Sampling, setting: EngineSetting) -> str | None:
-    from prefloop.sample.server import sampling_obstacle
+    from prefloop.sample.server import server_obstacle
 
     if not setting.server.url:
         return "server.url is missing: name the server, such as http://127.0.0.1:8000/v1"
-    return sampling_obstacle(sampling)
+    return server_obstacle(sampling)
 
 
 def _scripted(policy: ModelRef, setting: EngineSetting) -> Engine:

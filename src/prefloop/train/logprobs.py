@@ -172,7 +172,9 @@ def known_path(model: "PreTrainedModel", groups: Sequence[TokenGroup]) -> tuple[
     described = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     kind = f"{type(model).__qualname__} on {model.device.type}: {json.dumps(described, sort_keys=True, default=str)}"
     if kind not in _PROVEN:
-        _PROVEN[kind] = choose_path(model, groups)
+        path, why = choose_path(model, groups)
+        # Without the figure of whichever model was first: a run's records must not depend on what ran before.
+        _PROVEN[kind] = path, "shared prefix, proven equal to the plain forward" if path == "shared" else why
     return _PROVEN[kind]
 
 
