@@ -287,16 +287,15 @@ def evaluate(
     previous = [Group.from_json(json.dumps(group)) for group in earlier[-1]] if earlier else before
     questions = comparisons_of(now, before)
     judged, trained = evaluator.judge(questions), annotator.judge(questions)
-    both = [
-        (a.p, b.p) for a, b in zip(judged, trained, strict=True) if None not in (a.p, b.p) and 0.5 not in (a.p, b.p)
-    ]
+    both = [(a.p, b.p) for a, b in zip(judged, trained, strict=True) if a.p is not None and b.p is not None]
+    decided = [(a > 0.5, b > 0.5) for a, b in both if 0.5 not in (a, b)]
     drift, gap = online.drift(now)
     responses = [group.responses[0] for group in now]
     return {
         "against_start": win_rate(judged).model_dump(),
         "against_start_by_the_annotator": win_rate(trained).model_dump(),
         "against_previous": win_rate(evaluator.judge(comparisons_of(now, previous))).model_dump(),
-        "agreement": sum((a > 0.5) == (b > 0.5) for a, b in both) / len(both) if both else None,
+        "agreement": sum(a == b for a, b in decided) / len(decided) if decided else None,
         "length_chars": mean_interval([response.length_chars for response in responses]),
         "log_ratio_per_token": mean_interval(drift),
         "sampler_gap": online.check_sampler(gap),

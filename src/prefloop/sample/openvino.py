@@ -94,7 +94,7 @@ class OpenVinoEngine:
         folder: Path | None = None,
     ) -> None:
         self.chat, self.context, self.batch_size = chat, context, batch_size
-        self.tolerance = TOLERANCE[dtype]
+        self.tolerance: float | None = TOLERANCE[dtype]
         self.name = policy.name
         self._precision = PRECISION[dtype]
         self._policy = policy
@@ -288,6 +288,7 @@ def write_idle_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=alphabet[0], pad_token=alphabet[0])
-    encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
+    converted: Any = convert_tokenizer(tokenizer, with_detokenizer=True)
+    encoder, decoder = converted
     openvino.save_model(encoder, folder / "openvino_tokenizer.xml")
     openvino.save_model(decoder, folder / "openvino_detokenizer.xml")

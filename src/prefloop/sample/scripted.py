@@ -31,7 +31,7 @@ class ScriptedEngine:
         self.chat = chat
         self.script = script if callable(script) else _look_up(script)
         self.context = context
-        self.tolerance = None
+        self.tolerance: float | None = None
 
     def close(self) -> None:
         """Nothing is held."""

@@ -112,7 +112,7 @@ class OnlineLearner:
         """The mean of `drift`'s gaps, in nats a token. Raises CheckFailed beyond what rounding explains."""
         mean = sum(gaps) / len(gaps)
         # The trainer rounds too where its products are in bfloat16.
-        allowed = max(self.engine.tolerance, HALF_TOLERANCE if self.learner.dtype != "float32" else 0.0)
+        allowed = max(self.engine.tolerance or 0.0, HALF_TOLERANCE if self.learner.dtype != "float32" else 0.0)
         if not mean <= allowed:
             raise CheckFailed(
                 f"the sampler's log-probabilities of its own tokens differ from the trainer's by {mean:.4f} nats a "
