@@ -11,8 +11,9 @@ DEMO ?= runs/demo
 demo: $(READY)
 	$(BIN)/prefloop dice --preset demo --out $(DEMO)
 
+# One process a core with one thread each: the tests' models are too small to gain from more threads.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check

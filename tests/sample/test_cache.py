@@ -94,7 +94,7 @@ def replay(batch: SharedPrompts, answers: list[Known]) -> float:
 def test_every_step_equals_a_plain_forward(name: str, capacity: int) -> None:
     model, prompts = family(name), prompts_of(PROMPT_LENGTHS)
     with torch.inference_mode():
-        batch = SharedPrompts(model, prompts, capacity=capacity)
+        batch = SharedPrompts(model, prompts, capacity=capacity, limit=45)
         assert replay(batch, known_answers(model, prompts, k=4)) < 1e-4
 
 
@@ -102,7 +102,7 @@ def test_prompts_of_any_order_of_lengths() -> None:
     """The engine sends the longest first; the batch does not rely on it."""
     model, prompts = family("llama"), prompts_of(PROMPT_LENGTHS[::-1])
     with torch.inference_mode():
-        assert replay(SharedPrompts(model, prompts, capacity=5), known_answers(model, prompts, k=3)) < 1e-4
+        assert replay(SharedPrompts(model, prompts, capacity=5, limit=45), known_answers(model, prompts, k=3)) < 1e-4
 
 
 def test_every_prompt_is_computed_once_and_its_slot_is_used_again() -> None:
@@ -116,7 +116,7 @@ def test_every_prompt_is_computed_once_and_its_slot_is_used_again() -> None:
     with torch.inference_mode():
         answers = known_answers(model, prompts, k=3)
         hook = model.register_forward_hook(look, with_kwargs=True)
-        batch = SharedPrompts(model, prompts, capacity=6)
+        batch = SharedPrompts(model, prompts, capacity=6, limit=45)
         assert replay(batch, answers) < 1e-4
         hook.remove()
     assert sum(computed) == 30
@@ -133,11 +133,11 @@ def test_many_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
         hook = model.register_forward_hook(
             lambda module, inputs, kwargs, output: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        batch = SharedPrompts(model, prompts, capacity=6)
+        batch = SharedPrompts(model, prompts, capacity=6, limit=45)
         batch.join(range(6))
         hook.remove()
         assert max(computed) == 70 and sum(size > 60 for size in computed) == 1
-        assert replay(SharedPrompts(model, prompts, capacity=6), answers) < 1e-4
+        assert replay(SharedPrompts(model, prompts, capacity=6, limit=45), answers) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "sliding_window"])

@@ -10,7 +10,7 @@ AnnotatorName = Annotated[
     str,
     Field(
         description="who judges: rule:NAME, rule:module:function, reward-model:MODEL, "
-        "implicit-reward:POLICY,REFERENCE, file:PATH, judge:MODEL (runs here); "
+        "implicit-reward:POLICY,REFERENCE, file:PATH, judge:MODEL (runs here), api:MODEL (on a server); "
         "several joined by + vote"
     ),
 ]

@@ -6,6 +6,7 @@ reward-model:MODEL                 a sequence classifier with one output
 implicit-reward:POLICY,REFERENCE   a DPO-trained model and the one it was trained from
 file:PATH                          judgements already made
 judge:MODEL                        a language model that runs here
+api:MODEL                          a language model behind an OpenAI-compatible server
 ONE+OTHER+...                      votes of several
 """
 
@@ -138,11 +139,30 @@ def _local_judge(model: str, setting: Setting) -> Annotator:
     )
 
 
+def _api_judge(model: str, setting: Setting) -> Annotator:
+    from prefloop.feedback.api_judge import load_api_judge
+    from prefloop.feedback.chat_server import Patience
+
+    feedback = setting.feedback
+    return load_api_judge(
+        model,
+        instruction=feedback.instruction,
+        base_url=feedback.base_url,
+        api_key_env=feedback.api_key_env,
+        cache=setting.cache,
+        meter=setting.meter,
+        concurrency=feedback.concurrency,
+        patience=Patience(timeout=feedback.timeout),
+        stage=setting.stage,
+    )
+
+
 ANNOTATORS: dict[str, Callable[[str, Setting], Annotator]] = {
     "rule": _rule,
     "reward-model": _reward_model,
     "implicit-reward": _implicit_reward,
     "file": _file,
     "judge": _local_judge,
+    "api": _api_judge,
 }
 """What stands before the colon -> (what stands after it, setting) -> annotator."""

@@ -52,12 +52,18 @@ class RunningBatch(Protocol):
 
 
 class SharedPrompts:
-    """A `RunningBatch` of at most `capacity` rows in which every prompt is held once. Answers join in prompt order."""
+    """A `RunningBatch` of at most `capacity` rows of at most `limit` own tokens, in which every prompt is held once.
 
-    def __init__(self, model: "PreTrainedModel", prompt_ids: Sequence[Sequence[int]], *, capacity: int) -> None:
+    Answers join in the order of their prompts.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", prompt_ids: Sequence[Sequence[int]], *, capacity: int, limit: int
+    ) -> None:
         self._model = model
         self._prompt_ids = prompt_ids
         self._capacity = capacity
+        self._limit = limit
         self._owners: list[int] = []  # the prompt of each row
         self._lengths: list[int] = []  # own tokens of each row in the cache
         self._slots: list[int | None] = []  # the prompt in each slot of the layers
@@ -93,7 +99,7 @@ class SharedPrompts:
         layers: list[Any] = [*computed.layers]
         states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
         if not self._layers:
-            self._layers = [SharedPromptLayer(keys, values, self._capacity) for keys, values in states]
+            self._layers = [SharedPromptLayer(keys, values, self._capacity, self._limit) for keys, values in states]
         for row, prompt in enumerate(prompts):
             if None not in self._slots:
                 self._slots.append(None)
@@ -247,14 +253,16 @@ class SharedPromptLayer(CacheLayerMixin):
     zero does not hide a NaN.
     """
 
-    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor, capacity: int) -> None:
-        """`prompt_keys`, `prompt_values` [N, G, S, D]: any prompts', for their sizes. `capacity`: largest R."""
+    def __init__(self, prompt_keys: Tensor, prompt_values: Tensor, capacity: int, limit: int) -> None:
+        """`prompt_keys`, `prompt_values` [N, G, S, D]: of any prompts, for their sizes. At most `capacity` rows of
+        `limit` own tokens."""
         super().__init__()
         (_, heads, _, key_size), value_size = prompt_keys.shape, prompt_values.shape[-1]
         self.prompt_keys = prompt_keys.new_zeros(0, heads, key_size, 0)
         self.prompt_values = prompt_values.new_zeros(0, heads, 0, value_size)
         self.own_keys = prompt_keys.new_zeros(capacity, heads, key_size, 0)
         self.own_values = prompt_values.new_zeros(capacity, heads, 0, value_size)
+        self.most_columns = _tiled(limit)
         self.seating: Seating
 
     def hold(self, slot: int, keys: Tensor, values: Tensor) -> None:
@@ -269,7 +277,7 @@ class SharedPromptLayer(CacheLayerMixin):
         """Write the token of this step, [R, G, 1, D] each; the rows' own keys [R, G, D, T] and values [R, G, T, D]."""
         lengths, (_, width), rows = self.seating.lengths, self.seating.columns, len(key_states)
         if width > self.own_keys.shape[3]:
-            columns = max(width, 2 * self.own_keys.shape[3])
+            columns = max(width, min(2 * self.own_keys.shape[3], self.most_columns))
             self.own_keys = _grown(self.own_keys, len(self.own_keys), 3, columns)
             self.own_values = _grown(self.own_values, len(self.own_values), 2, columns)
         every = torch.arange(rows, device=lengths.device)

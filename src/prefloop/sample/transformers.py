@@ -121,17 +121,19 @@ class TransformersEngine:
         # Longest first: prompts that are held together are of similar length, and buffers have their size at once.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompt_ids[i]), i))
         waiting = deque(answer for i in order for answer in answers[i])
-        self._decode(self._batch(prompt_ids, len(waiting)), waiting, prompts, sampling, advance)
+        batch = self._batch(prompt_ids, capacity=min(self.batch_size, len(waiting)), limit=sampling.max_new_tokens)
+        self._decode(batch, waiting, prompts, sampling, advance)
         return [
             Group(prompt=prompt, responses=tuple(self._response(answer) for answer in of_prompt))
             for prompt, of_prompt in zip(prompts, answers, strict=True)
         ]
 
-    def _batch(self, prompt_ids: Sequence[Sequence[int]], answers: int) -> RunningBatch:
+    def _batch(self, prompt_ids: Sequence[Sequence[int]], *, capacity: int, limit: int) -> RunningBatch:
         if self._can_share is None:
             self._can_share = can_share(self.model, min(prompt_ids, key=len))
-        kind = SharedPrompts if self._can_share else RepeatedPrompts
-        return kind(self.model, prompt_ids, capacity=min(self.batch_size, answers))
+        if self._can_share:
+            return SharedPrompts(self.model, prompt_ids, capacity=capacity, limit=limit)
+        return RepeatedPrompts(self.model, prompt_ids, capacity=capacity)
 
     def _decode(
         self,
@@ -249,7 +251,7 @@ def can_share(model: "PreTrainedModel", prompt_ids: Sequence[int]) -> bool:
         return False
     # A real prompt and the model's own tokens: on made-up ones rounding to bfloat16 alone moves logits beyond measure.
     whole, half = list(prompt_ids), list(prompt_ids[: -(-len(prompt_ids) // 2)])
-    batch = SharedPrompts(model, [whole, half], capacity=3)
+    batch = SharedPrompts(model, [whole, half], capacity=3, limit=2)
     try:
         first = batch.join([0, 0, 1]).topk(3).indices.diagonal()
         logits = batch.step(first)
