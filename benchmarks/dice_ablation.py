@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from intervals import interval
 from prefloop.config import Config
 from prefloop.feedback.implicit_reward import implicit_reward
 from prefloop.models import ModelRef, resolve
@@ -38,8 +39,6 @@ from prefloop.seeds import generator
 from prefloop.train.config import Compute, Train
 from prefloop.train.reference import logps_under
 
-# Two-sided 97.5 % points of Student's t, by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 KS = (2, 4, 8, 16)
 
 
@@ -86,13 +85,6 @@ def main() -> None:
         "seeds": cfg.seeds,
     }
     print(json.dumps(summary))
-
-
-def interval(values: list[float]) -> list[float]:
-    """[mean, low, high]: 95 % by Student's t over seeds."""
-    half = T[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    mean = float(np.mean(values))
-    return [round(mean, 4), round(mean - half, 4), round(mean + half, 4)]
 
 
 def one_seed(run: Run, cfg: AblationConfig, seed: int) -> dict:

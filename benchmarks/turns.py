@@ -19,6 +19,31 @@ def timed(turn: Connection, work: Callable[[], Any]) -> None:
     turn.send((time.perf_counter() - start, result))
 
 
+def turns_of_trainer(turn: Connection) -> Any:
+    """A callback for a transformers `Trainer` that logs every step: it hands the turn back after each.
+
+    A step's time runs from the moment this side gets its turn to the end of the optimiser step; its loss is reported.
+    """
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        started = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turn.recv()
+            self.started = time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            turn.send((time.perf_counter() - self.started, float(logs["loss"])))
+            if state.global_step < state.max_steps:
+                turn.recv()
+                self.started = time.perf_counter()
+
+    return Turns()
+
+
 class Side:
     """The other end of a worker process."""
 

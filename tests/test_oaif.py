@@ -1,23 +1,28 @@
 """OAIF end to end on a tiny real model: what is asked, what is trained on, what is kept, and the same bytes again."""
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefloop.errors import BudgetReached, InputError
+from prefloop.cli import main
+from prefloop.errors import BudgetReached, FeedbackError, InputError
 from prefloop.feedback.annotator import Comparison, Judgement
+from prefloop.feedback.chat_server import Patience
 from prefloop.models import ModelRef
 from prefloop.progress import Advance, ignore
 from prefloop.recipes import oaif as recipe
-from prefloop.recipes.oaif import OaifConfig, demo, distinct, oaif, paper, preferences
+from prefloop.recipes.oaif import OaifConfig, demo, distinct, estimate_feedback, oaif, paper, preferences
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Group, Prompt, Response
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Train
+from tests.feedback.judge_server import JudgeServer
 from tests.sample.engines import CHAT, stopping_folder
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32", sequences_per_batch=16)
@@ -173,6 +178,69 @@ def test_the_same_annotator_as_evaluator_is_warned_about(cfg: OaifConfig, tmp_pa
 def test_what_is_missing_is_named(cfg: OaifConfig, tmp_path: Path, missing: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_oaif(cfg.replace(**{missing: ""}), tmp_path / "run")
+
+
+def feedback_events(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [row["api:small"] for row in rows if row["event"] == "feedback"]
+
+
+def test_a_judge_whose_server_dies_is_paid_once_for_every_question(
+    cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patience, "wait", lambda self, failures: 0.001)
+
+    def judged_by(server: JudgeServer, name: str) -> Path:
+        monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / f"cache of {name}"))
+        api = cfg.replace(annotator="api:small", evaluator="rule:long", feedback__base_url=server.url)
+        return run_oaif(api, tmp_path / name)
+
+    with JudgeServer() as healthy:
+        whole = judged_by(healthy, "whole")
+    # 5 steps of 3 pairs and 2 evaluations of 2, in both orders; fewer where two answers were the same.
+    assert 20 < len(healthy.answered) <= 38
+    for dies_at in (1, 12, len(healthy.answered)):
+        with JudgeServer(misbehave=lambda n, body, reply, d=dies_at: replace(reply, cut=n >= d)) as dying:
+            with pytest.raises(FeedbackError, match="kept: run the same command again"):
+                judged_by(dying, f"dies at {dies_at}")
+        with JudgeServer() as again:
+            run = judged_by(again, f"dies at {dies_at}")
+        for name in ("model/model.safetensors", "round-1/model/training_log.jsonl"):
+            assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+        asked = [json.dumps(body, sort_keys=True) for body in dying.answered + again.answered]
+        assert sorted(asked) == sorted(json.dumps(body, sort_keys=True) for body in healthy.answered)
+        first, second = feedback_events(run)
+        assert first["faults"]["connection"] >= 7 and first["calls"] == len(dying.answered) == dies_at - 1
+        assert second["faults"] == {} and second["calls"] == len(again.answered)
+
+
+def test_a_dry_run_counts_every_question_and_asks_none(cfg: OaifConfig, tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("small: {input: 1.0, output: 2.0}\n")
+    with JudgeServer() as server:
+        api = cfg.replace(annotator="api:small", feedback__base_url=server.url, feedback__prices=str(prices))
+        training, looks, evaluator = estimate_feedback(api)
+        assert server.requests == []
+    # 5 steps of 3 pairs, and 2 evaluations of 2 answers, in both orders.
+    assert training.startswith("training: api:small: 30 calls (0 of 30 questions are in the cache), about ")
+    assert looks.startswith("win rates: api:small: 8 calls (0 of 8 ")
+    assert evaluator == "win rates: rule:long: no calls"
+    found = re.search(r"about (\d+) \+ at most (\d+) tokens, about money ([\d.]+)", training)
+    assert found
+    tokens_in, tokens_out, money = map(float, found.groups())
+    assert money == pytest.approx((tokens_in + 2 * tokens_out) / 1e6, rel=1e-3)
+    # Each question has two answers of 24 tokens, four characters each, and the instruction.
+    assert 30 * 48 < tokens_in < 30 * 1000 and tokens_out == 30 * 16
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], ["--dry-run", "true"], ["--dry-run=True"]])
+def test_a_dry_run_by_command_makes_no_folder(
+    cfg: OaifConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]
+) -> None:
+    options = ["--policy", cfg.policy, "--prompts", cfg.prompts, *how, "--annotator", "rule:short"]
+    assert main(["oaif", *options, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "training: rule:short: no calls"
+    assert not (tmp_path / "run").exists()
 
 
 # Steps 2 and 3

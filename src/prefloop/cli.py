@@ -7,7 +7,7 @@ Nothing heavy is imported until a command really runs.
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,13 +21,17 @@ from prefloop.errors import InputError, PrefloopError, did_you_mean
 
 @dataclass(frozen=True)
 class Command:
-    """One word after `prefloop`. `config` and `run` are `module:name`, imported when the command is used."""
+    """One word after `prefloop`. `config`, `run` and `estimate` are `module:name`, imported when the command is used.
+
+    estimate: lines that `--dry-run true` prints in place of a run, where a recipe has that option.
+    """
 
     family: str
     line: str
     config: str
     run: str
     presets: tuple[str, ...] = ()
+    estimate: str = ""
 
 
 COMMANDS = {
@@ -51,6 +55,7 @@ COMMANDS = {
         "prefloop.recipes.oaif:OaifConfig",
         "prefloop.recipes.oaif:oaif",
         ("demo", "paper"),
+        "prefloop.recipes.oaif:estimate_feedback",
     ),
     "sample": Command("steps", "K answers of a model to every prompt of a file", "prefloop.commands:SampleOptions",
                       "prefloop.commands:sample"),
@@ -101,7 +106,9 @@ def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Conf
         with redirect_stderr(shown):
             cli: Any = tyro.cli  # its overloads do not know a default that may be absent
             given = {} if default is None else {"default": default}
-            parsed, unknown = cli(config, prog=prog, args=list(args), config=markers, return_unknown_args=True, **given)
+            parsed, unknown = cli(
+                config, prog=prog, args=with_booleans(args, config), config=markers, return_unknown_args=True, **given
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -114,17 +121,37 @@ def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Conf
     return parsed
 
 
-def option_names(config: type[Config], prefix: str = "--") -> list[str]:
-    """Every option of a configuration as it is typed: `--train.learning-rate`."""
-    names = ["--out", "--preset", "--config"] if prefix == "--" else []
-    for name, field in config.model_fields.items():
-        option = prefix + name.replace("_", "-")
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Config):
-            names += option_names(kind, option + ".")
+def with_booleans(args: Sequence[str], config: type[Config]) -> list[str]:
+    """`--dry-run`, `--dry-run true` and `--dry-run=true` as the parser wants them: `--dry-run True`."""
+    switches = [name for name, kind in options(config) if kind is bool]
+    given: list[str] = []
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        switch = name.replace("_", "-") in switches
+        if switch and equals:
+            given += [name, value.capitalize()]
+        elif given and given[-1] in switches and arg.lower() in ("true", "false"):
+            given.append(arg.capitalize())
         else:
-            names.append(option)
-    return names
+            given.append(arg)
+            if switch and (i + 1 == len(args) or args[i + 1].startswith("--")):
+                given.append("True")
+    return given
+
+
+def option_names(config: type[Config]) -> list[str]:
+    """Every option of a recipe or step as it is typed: `--train.learning-rate`."""
+    return ["--out", "--preset", "--config", *(name for name, _ in options(config))]
+
+
+def options(config: type[Config], prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every option as it is typed, and its type."""
+    for name, field in config.model_fields.items():
+        option, kind = prefix + name.replace("_", "-"), field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            yield from options(kind, option + ".")
+        else:
+            yield option, kind
 
 
 def one_line(box: str) -> str:
@@ -191,6 +218,9 @@ def run_recipe(name: str, command: Command, args: list[str]) -> None:
     if {"-h", "--help"} & set(rest):
         print(recipe_help(name, command))
     cfg = parse(type(base), rest, prog=f"prefloop {name}", default=base)
+    if command.estimate and cfg.dry_run:
+        print("\n".join(load(command.estimate)(cfg)))
+        return
     from prefloop.recipes.steps import run_in_folder
 
     run_in_folder(name, load(command.run), cfg, Path(taken.get("out", f"runs/{name}")))

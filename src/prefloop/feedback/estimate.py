@@ -1,5 +1,6 @@
 """What judging will take, before anything is asked: calls, tokens and money."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -32,6 +33,23 @@ class Estimate(Record):
     @property
     def calls(self) -> int:
         return self.questions - self.cached
+
+    def times(self, factor: float) -> "Estimate":
+        """For `factor` times as many comparisons of the same kind."""
+
+        def scaled(n: int) -> int:
+            return math.ceil(n * factor)
+
+        return self.model_copy(
+            update={
+                "questions": scaled(self.questions),
+                "cached": scaled(self.cached),
+                "too_long": scaled(self.too_long),
+                "tokens_in": scaled(self.tokens_in),
+                "tokens_out": scaled(self.tokens_out),
+                "money": None if self.money is None else self.money * factor,
+            }
+        )
 
     def render(self) -> str:
         """`api:small: 80 calls (20 of 100 questions are in the cache), about 24000 + at most 1280 tokens, ...`."""

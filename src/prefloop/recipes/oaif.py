@@ -26,6 +26,7 @@ answers of pi(0).
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefloop.config import Config
+from prefloop.config import Config, free
 from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.models import ModelRef, resolve
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from prefloop.train.online import OnlineLearner
 
 Unfinished = Literal["keep", "drop", "penalise"]
+SAMPLED = 200
+"""Prompts that an estimate is made from."""
 
 
 class OaifConfig(Config):
@@ -79,6 +82,9 @@ class OaifConfig(Config):
         default=False, description="the baseline: answers of the start model instead of the current one"
     )
     evaluate_every: int = Field(default=100, ge=1, description="steps between win rates")
+    dry_run: bool = free(
+        default=False, description="say what the annotators would take in calls, tokens and money, and do nothing"
+    )
     seed: int = Field(default=0, ge=0, description="of every random choice")
     sampling: Sampling = Field(default_factory=lambda: Sampling(temperature=0.9))
     look_at: LookAt = Field(default_factory=LookAt)
@@ -113,15 +119,8 @@ def demo() -> OaifConfig:
 
 def oaif(cfg: OaifConfig, run: "Run") -> ModelRef:
     """Run OAIF; returns the final model, RUN/model."""
-    if not cfg.annotator:
-        raise InputError("--annotator is missing: name who judges, such as rule:helpful-short or judge:MODEL")
     start = resolve(cfg.policy)
-    prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
-    if not prompts:
-        raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
-    held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
-    if not held_out:
-        prompts, held_out = split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+    prompts, held_out = load_both(cfg, run)
     check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
     if cfg.evaluator in ("", cfg.annotator):
         run.note("warning: the win rates are judged by the annotator that trains the model, which flatters it; name "
@@ -135,11 +134,23 @@ def oaif(cfg: OaifConfig, run: "Run") -> ModelRef:
     return conclude(run, aligned)
 
 
+def load_both(cfg: OaifConfig, run: "Run") -> "tuple[list[Prompt], list[Prompt]]":
+    """The prompts to train on and those to look at models with."""
+    if not cfg.annotator:
+        raise InputError("--annotator is missing: name who judges, such as rule:helpful-short or judge:MODEL")
+    prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
+    if not prompts:
+        raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
+    held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
+    if held_out:
+        return prompts, held_out
+    return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+
+
 def align(
     start: ModelRef, prompts: "Sequence[Prompt]", before: "Sequence[Group]", cfg: OaifConfig, *, stage: "Stage"
 ) -> Path:
     """The T steps. `before`: answers of the start model to the held-out prompts."""
-    from prefloop.feedback.meter import Meter
     from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
     from prefloop.train.learner import TRAINING_LOG, Learner, batch_of_step, write_training_log
@@ -151,7 +162,7 @@ def align(
     meter = load_meter(cfg.feedback)
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
     evaluator = load_annotator(
-        cfg.evaluator or cfg.annotator, cfg.feedback, compute=cfg.compute, meter=Meter(), stage=stage
+        cfg.evaluator or cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage
     )
     learner = Learner(start, [], loss=partial(loss, beta=beta), beta=beta, config=cfg.train, compute=cfg.compute,
                       seed=cfg.seed, stage=stage)  # fmt: skip
@@ -169,6 +180,7 @@ def align(
             yield
         except FeedbackError:
             save(step)
+            stage.event("feedback", **meter.summary())
             raise
 
     with reused_memory(), stage.progress(cfg.train.steps, unit="steps", description=f"{cfg.loss} online") as advance:
@@ -190,10 +202,7 @@ def align(
                 gap = online.check_sampler(online.drift(groups)[1])
                 row |= {"sampler_gap": gap} if step == 0 else {}
             with kept(step):
-                pairs, counts = preferences(groups, annotator, cfg)
-            row |= counts
-            if pairs:
-                row |= learner.step(online.with_reference_logps(pairs), step)
+                row |= learn(online, groups, annotator, cfg, step)
             log.append(row)
             stage.event("step", **row)
             if step + 1 < cfg.train.steps and (step + 1) % cfg.train.checkpoint_every == 0:
@@ -212,6 +221,37 @@ def align(
     return stage.output
 
 
+def estimate_feedback(cfg: OaifConfig) -> list[str]:
+    """What --dry-run prints: a line for every LLM judge, with what it would take at most. Nothing is asked."""
+    from prefloop.feedback.annotator import Comparison
+    from prefloop.feedback.estimate import CHARS_PER_TOKEN, estimate
+    from prefloop.feedback.registry import load_annotator, load_meter
+    from prefloop.records import Response
+    from prefloop.run import Run
+
+    with tempfile.TemporaryDirectory() as folder, Run.open(Path(folder) / "run", recipe="oaif", config=cfg) as run:
+        prompts, held_out = load_both(cfg, run)
+    # Answers as long as they may be. Each is another one, so that none is taken for a question asked before.
+    length = cfg.sampling.max_new_tokens * CHARS_PER_TOKEN
+    first, second = (Response(text=f"{n} ".ljust(length, "."), finish_reason="length") for n in (1, 2))
+
+    meter, asked = load_meter(cfg.feedback), cfg.train.steps * cfg.train.batch_size
+    looks = sum(evaluation_is_due(cfg, [], step) for step in range(cfg.train.steps + 1))
+    looked_at = looks * min(cfg.look_at.answers, len(held_out))
+    lines = []
+    for role, name, of, n in (
+        ("training", cfg.annotator, prompts, asked),
+        ("win rates", cfg.annotator, held_out, looked_at),
+        ("win rates", cfg.evaluator or cfg.annotator, held_out, 2 * looked_at),
+    ):
+        annotator = load_annotator(name, cfg.feedback, compute=cfg.compute, meter=meter)
+        questions = [Comparison(prompt, first, second) for prompt in of[: min(n, SAMPLED)]]
+        found = estimate(annotator, questions, meter.prices) if questions else []
+        lines += [f"{role}: {one.times(n / len(questions)).render()}" for one in found]
+        lines += [] if found else [f"{role}: {annotator.name}: no calls"]
+    return lines
+
+
 def beta_of(cfg: OaifConfig) -> float:
     """The beta given, or that of the loss."""
     from prefloop.train.losses import LOSSES
@@ -228,6 +268,14 @@ def evaluation_is_due(cfg: OaifConfig, log: Sequence[dict[str, Any]], step: int)
 def distinct(prompts: "Sequence[Prompt]") -> "list[Prompt]":
     """Each prompt once: where an epoch ends inside a batch, a prompt may be in it twice."""
     return list({prompt.id: prompt for prompt in prompts}.values())
+
+
+def learn(
+    online: "OnlineLearner", groups: "Sequence[Group]", annotator: "Annotator", cfg: OaifConfig, step: int
+) -> dict[str, Any]:
+    """Steps 2 and 3 on the answers of one step: its counts, and the learner's figures where there was a pair."""
+    pairs, counts = preferences(groups, annotator, cfg)
+    return {**counts, **(online.learner.step(online.with_reference_logps(pairs), step) if pairs else {})}
 
 
 def preferences(
