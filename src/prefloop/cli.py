@@ -23,7 +23,7 @@ from prefloop.errors import InputError, PrefloopError, did_you_mean
 class Command:
     """One word after `prefloop`. `config`, `run` and `estimate` are `module:name`, imported when the command is used.
 
-    estimate: lines that `--dry-run true` prints in place of a run, where a recipe has that option.
+    estimate: lines that `--dry-run` prints in place of a run, where a recipe has that option.
     """
 
     family: str
@@ -122,7 +122,7 @@ def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Conf
 
 
 def with_booleans(args: Sequence[str], config: type[Config]) -> list[str]:
-    """`--dry-run`, `--dry-run true` and `--dry-run=true` as the parser wants them: `--dry-run True`."""
+    """`--dry-run`, `--dry-run` and `--dry-run=true` as the parser wants them: `--dry-run True`."""
     switches = [name for name, kind in options(config) if kind is bool]
     given: list[str] = []
     for i, arg in enumerate(args):

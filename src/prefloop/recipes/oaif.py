@@ -21,7 +21,7 @@ that are looked at before and after.
 
 Departures from the paper (docs/methods/oaif.md says more): AdamW by default (--train.optimizer adafactor is the
 paper's); identical answers, ties and abstentions make no pair; an answer that was cut at the limit of new tokens has no
-end token, and --on-unfinished says what becomes of it. `--offline true` is the paper's baseline: the same labels, on
+end token, and --on-unfinished says what becomes of it. `--offline` is the paper's baseline: the same labels, on
 answers of pi(0).
 """
 
