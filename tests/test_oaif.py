@@ -281,6 +281,16 @@ def test_identical_answers_ties_and_abstentions_make_no_pair() -> None:
     assert pairs[0].chosen == groups[0].responses[0]
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_o7_exchanging_the_answers_flips_the_label_and_nothing_else(labels: str) -> None:
+    cfg = OaifConfig().replace(feedback__labels=labels)
+    group = question("a", "b")
+    swapped = group.model_copy(update={"responses": group.responses[::-1]})
+    annotator = Fixed({("a", "b"): 0.8, ("b", "a"): 1 - 0.8})
+    (one, counts), (other, same) = (preferences([g], annotator, cfg) for g in (group, swapped))
+    assert one == other and counts == same and one[0].chosen.text == "a"
+
+
 def test_soft_labels_keep_the_probability() -> None:
     annotator = Fixed({("a", "b"): 0.9, ("c", "a"): 0.2})
     cfg = OaifConfig().replace(feedback__labels="soft")

@@ -95,6 +95,11 @@ class Response(Record):
             raise ValueError("this response has no token ids yet; tokenise it with ChatFormat.with_token_ids")
         return len(self.token_ids)
 
+    def same_as(self, other: "Response") -> bool:
+        """Whether both are the same answer, by token ids or by stripped text."""
+        same_ids = self.token_ids is not None and self.token_ids == other.token_ids
+        return same_ids or self.text.strip() == other.text.strip()
+
     @property
     def sampling_logp(self) -> float | None:
         """The sum of `sampling_logps`; None when the sampler gave none."""

@@ -94,7 +94,7 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("path", ["shared", "padded"])
 @pytest.mark.parametrize("budget", [1, 150, 400])
-def test_a_step_does_not_depend_on_how_memory_cuts_the_batch(
+def test_o14_a_step_does_not_depend_on_how_memory_cuts_the_batch(
     policy: ModelRef, pairs: list[Pair], budget: int, path: LogpsPath
 ) -> None:
     whole = new_learner(policy, pairs, compute=COMPUTE.replace(tokens_per_forward=10_000))

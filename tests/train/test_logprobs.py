@@ -68,7 +68,7 @@ def test_responses_do_not_see_each_other_nor_other_groups(model: PreTrainedModel
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_d15_batch_composition_does_not_change_a_value(model: PreTrainedModel, path: Path) -> None:
+def test_d15_o16_batch_composition_does_not_change_a_value(model: PreTrainedModel, path: Path) -> None:
     with torch.no_grad():
         together = response_logps(model, GROUPS, path=path).sums
         apart = torch.cat([response_logps(model, [group], path=path).sums for group in GROUPS])

@@ -1,6 +1,7 @@
 """Closed forms of the DPO loss: D1, D2, D14, D16 of the dossier."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_metrics_report_changes_against_the_reference() -> None:
     assert metrics.correct.tolist() == [1.0]
 
 
-# O1, O2, O7, O8 of the dossier: the three losses of OAIF
+# O1, O2, O9, O10 of the dossier: the three losses of OAIF (O3 is D16)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,43 @@ def test_ipo_pulls_back_beyond_its_target_and_slic_stops_there() -> None:
     far = torch.tensor([499.0, 501.0], dtype=torch.float64, requires_grad=True)
     slic(logps_with(far), beta=0.002).sum().backward()
     assert far.grad is not None and far.grad.tolist() == pytest.approx([-0.002, 0.0])
+
+
+def expected_first_step(name: str, preference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Of a policy over a few answers to one prompt that is its own reference: the gradient of the expected loss of two
+    independent draws, labelled first with probability preference[y, y'], by enumeration; and the loss's beta.
+    """
+    loss, beta = LOSSES[name]
+    logp = torch.log_softmax(logits, 0)
+    n = len(logits)
+    first, second = (index.flatten() for index in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
+    logps = PairLogps(logp[first], logp[second], logp[first].detach(), logp[second].detach())
+    # Sampling and labels are constants. Losses are linear in p, so a soft label is the mean over hard ones.
+    drawn = (logp[first] + logp[second]).detach().exp()
+    total = (drawn * loss(logps, beta=beta, p=preference[first, second])).sum()
+    return torch.autograd.grad(total, logits)[0], beta
+
+
+@pytest.mark.parametrize(
+    ("name", "slope"), [("dpo", lambda b: -b / 2), ("ipo", lambda b: -1 / b), ("slic", lambda b: -b)]
+)
+def test_o10_the_first_step_climbs_the_win_rate_against_itself(name: str, slope: Callable[[float], float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, generator=generator, requires_grad=True)
+    upper = torch.rand(6, 6, dtype=torch.float64, generator=generator).triu(1)
+    preference = upper + (1 - upper.T).tril(-1) + 0.5 * torch.eye(6, dtype=torch.float64)
+    found, beta = expected_first_step(name, preference, logits)
+    policy = torch.softmax(logits, 0).detach()
+    advantage = 2 * preference @ policy - 1
+    score = (policy * advantage * torch.log_softmax(logits, 0)).sum()
+    [climb] = torch.autograd.grad(score, logits)
+    # Twice: the better answer is pushed up and the other one down. For DPO that is -beta, as in the dossier.
+    assert torch.allclose(found, 2 * slope(beta) * climb, atol=1e-15)
+    assert climb.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_o9_random_labels_teach_nothing(name: str) -> None:
+    logits = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    found, _ = expected_first_step(name, torch.full((6, 6), 0.5, dtype=torch.float64), logits)
+    assert found.abs().max() < 1e-15

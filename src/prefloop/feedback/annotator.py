@@ -32,9 +32,8 @@ class Comparison(NamedTuple):
 
     @property
     def identical(self) -> bool:
-        """Whether both are the same answer, by token ids or by stripped text; such a question is a tie unasked."""
-        same_ids = self.a.token_ids is not None and self.a.token_ids == self.b.token_ids
-        return same_ids or self.a.text.strip() == self.b.text.strip()
+        """Whether both are the same answer; such a question is a tie unasked."""
+        return self.a.same_as(self.b)
 
 
 class Judgement(Record):

@@ -47,7 +47,7 @@ def best_vs_worst(
     stage = stage or Stage.detached()
     pairs: list[Pair] = []
     for group, best, worst in _extremes(groups):
-        if not _same_answer(best, worst):
+        if not best.same_as(worst):
             pairs.append(
                 Pair(
                     prompt=group.prompt,
@@ -89,11 +89,6 @@ def _extremes(groups: Sequence[Group]) -> list[tuple[Group, Response, Response]]
         (group, group.responses[b], group.responses[w])
         for group, b, w in zip(groups, best.tolist(), worst.tolist(), strict=True)
     ]
-
-
-def _same_answer(a: Response, b: Response) -> bool:
-    same_ids = a.token_ids is not None and a.token_ids == b.token_ids
-    return same_ids or a.text.strip() == b.text.strip()
 
 
 def _known_reference(chosen: Response, rejected: Response, reference: str | None) -> dict:
