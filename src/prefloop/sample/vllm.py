@@ -4,6 +4,7 @@ vLLM lives in an environment of its own; nothing of it is imported here. It is s
 (`ServerEngine`) and started by its public command line.
 """
 
+import gc
 import http.client
 import os
 import secrets
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -139,6 +141,7 @@ class VllmEngine:
             self._log = Path(name)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        give_back_gpu_memory()
         self._process = SupervisedProcess(
             serve_command(self.python, self.policy, self.options, dtype=self.dtype, context=self.context, port=port),
             log=self._log,
@@ -175,6 +178,14 @@ class VllmEngine:
             f"vLLM ended with status {self._process.returncode} {when} ({self.policy.name}); the last lines of "
             f"{self._log}:\n{last}"
         )
+
+
+def give_back_gpu_memory() -> None:
+    """What this process holds on GPUs and no longer uses: a server that starts takes a share of what is free."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def served_name(policy: ModelRef) -> str:
