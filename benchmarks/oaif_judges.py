@@ -4,8 +4,9 @@
 
 The judge is the packaged small model itself: it shows that the machinery works, not that 135M parameters can judge.
 For `api`, vLLM serves it on 127.0.0.1, with a key, as any OpenAI-compatible server would; it is ended in the end. Each
-run starts with an empty cache of judgements and is then given again: that must ask nothing. Prints, last, one line of
-JSON with seconds, calls, pairs made, and win rates against the start by the evaluator.
+run starts with an empty cache of judgements. Then two steps of it are taken again in a new run folder: the program
+stops if that asks a question again, or if the key is in any file. Prints, last, one line of JSON with seconds, calls,
+pairs made, and win rates against the start by the evaluator.
 """
 
 import argparse
@@ -51,29 +52,33 @@ def main() -> None:
                 found[name] = run(args.out, name, f"api:{model}", "--feedback.base-url", url,
                                   "--feedback.api-key-env", KEY)  # fmt: skip
             leaks = [str(file) for file in args.out.rglob("*") if file.is_file() and holds_key(file)]
-            found[name]["files_with_the_key"] = leaks
+            if leaks:
+                raise SystemExit(f"the key is in {leaks}")
     print(json.dumps(found))
 
 
 def run(folder: Path, name: str, annotator: str, *options: str) -> dict[str, Any]:
-    """The demo with this annotator, and the same command again; what it took."""
+    """The demo with this annotator, and two steps of it again; what it took."""
     out, cache = folder / name, folder / f"cache-{name}"
     cache.mkdir(exist_ok=True)
     models = cache / "models"
     if not models.exists():
         resolve(MODEL)  # its conversion is not part of the demo's time
         models.symlink_to((cache_folder() / "models").resolve())
-    command = [sys.executable, "-m", "prefloop.cli", "oaif", "--preset", "demo", "--out", str(out),
-               "--annotator", annotator, *options]  # fmt: skip
+    command = [sys.executable, "-m", "prefloop.cli", "oaif", "--preset", "demo", "--annotator", annotator, *options]
     environment = os.environ | {"PREFLOOP_CACHE": str(cache.resolve())}
     start = time.monotonic()
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run([*command, "--out", str(out)], env=environment, check=True)
     seconds = time.monotonic() - start
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    again = folder / f"{name}-again"
+    short = ["--train.steps", "2", "--look-at.answers", "0", "--out", str(again)]
+    subprocess.run([*command, *short], env=environment, check=True, capture_output=True)
+    asked = {judge: tally["calls"] for judge, tally in feedback(again).items()}
+    if any(asked.values()):
+        raise SystemExit(f"{name}: questions were asked again: {asked}")
     entry = json.loads((out / "manifest.json").read_text())["stages"]["round-1/model"]
     log = [json.loads(line) for line in (out / "round-1/model/training_log.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["evaluation"]["against_start"]["rate"] for row in log if "evaluation" in row}
-    used = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"feedback"' in line]
     return {
         "seconds": round(seconds, 1),
         "stages": {
@@ -81,10 +86,16 @@ def run(folder: Path, name: str, annotator: str, *options: str) -> dict[str, Any
             for stage, value in json.loads((out / "manifest.json").read_text())["stages"].items()
         },
         "counts": entry["counts"],
-        "feedback": {key: value for key, value in used[0].items() if isinstance(value, dict)} if used else {},
-        "feedback_events": len(used),
+        "feedback": feedback(out),
         "win_rate_by_evaluator": rates,
     }
+
+
+def feedback(run: Path) -> dict[str, Any]:
+    """What every LLM judge of a run has used in all."""
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["event"] == "feedback"][-1]
+    return {key: value for key, value in last.items() if isinstance(value, dict)}
 
 
 @contextmanager

@@ -109,10 +109,8 @@ def write_prompts(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def run(args: argparse.Namespace, name: str, seed: int, loss: str, rule: str, *, offline: bool = False) -> Path:
-    """One run of the recipe, in a process of its own; one that is finished is taken as it is."""
+    """One run of the recipe, in a process of its own. A run folder refuses other options and goes on with the same."""
     out = args.out / name
-    if (out / "model" / "model.safetensors").is_file():
-        return out / LOG
     command = [
         sys.executable, "-m", "prefloop.cli", "oaif", "--out", str(out), "--policy", args.policy,
         "--prompts", args.prompts, "--held-out", args.held_out, "--annotator", f"rule:{rule}",

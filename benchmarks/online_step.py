@@ -10,10 +10,12 @@ Both have the same model, prompts in the same order, batch, limit of new tokens,
 side is a process of its own; they take turns, step by step, so that a noisy machine is noisy for both. Not counted:
 imports, loading, and the first step of each, which is warm-up. Each side samples its own answers, so their lengths
 differ a little. TRL runs without gradient checkpointing (which would switch its key-value cache off) in several sizes
-of forward (`--variants`, prompts a forward x accumulation); the headline ratios are those to the fastest.
+of forward (`--variants`, prompts a forward; the rest is accumulated). The headline speed is that over the fastest of
+them, the headline memory that against the leanest. Counted are pairs that are trained on: ours leaves out two answers
+that are the same or that the rule does not tell apart, TRL trains on them too.
 
-In bfloat16 both compute in it over float32 weights, by autocast in TRL; ours samples from a bfloat16 copy, which is
-written anew at every step.
+In bfloat16 both compute in it over float32 weights, by autocast in TRL, which samples so too; ours samples from a
+bfloat16 copy that is written anew at every step. TRL can sample with vLLM on a GPU; that is not compared here.
 
 The program stops if a side's loss of the first step is not ln 2 to 2e-3: policy and reference are the same model
 there. In bfloat16 TRL's policy and reference agree only when their rounding does, and 2e-2 is allowed.
@@ -69,7 +71,7 @@ def ours(job: Job, turn: Connection) -> None:
 
     from prefloop.feedback.registry import load_annotator
     from prefloop.models import load_tokenizer, resolve
-    from prefloop.recipes.oaif import OaifConfig, learn
+    from prefloop.recipes.oaif import OaifConfig, preferences
     from prefloop.seeds import derive_seed
     from prefloop.train.config import Compute, Train
     from prefloop.train.learner import Learner
@@ -94,19 +96,22 @@ def ours(job: Job, turn: Connection) -> None:
     online = OnlineLearner(learner)
     report(turn, learner.why)
     tokens = 0
+    trained: list[int] = []
 
     def step(number: int) -> float:
         nonlocal tokens
         batch = prompts[number * job.batch : (number + 1) * job.batch]
         groups = online.sample(batch, k=2, sampling=cfg.sampling, seed=derive_seed(job.seed, "step", number))
         tokens += sum(response.length_tokens for group in groups for response in group.responses)
-        return learn(online, groups, annotator, cfg, number).get("loss", math.nan)
+        pairs, _ = preferences(groups, annotator, cfg)
+        trained.append(len(pairs))
+        return online.step(pairs, number)["loss"] if pairs else math.nan
 
     with reused_memory():  # as the recipe does
         for number in range(job.steps):
             timed(turn, lambda number=number: step(number))
     turn.recv()
-    report(turn, {"peak": peak_memory(job.device), "tokens": tokens})
+    report(turn, {"peak": peak_memory(job.device), "tokens": tokens, "pairs": sum(trained[1:])})
 
 
 def trl(job: Job, turn: Connection) -> None:
@@ -171,7 +176,7 @@ def trl(job: Job, turn: Connection) -> None:
         report(turn, f"{job.micro} prompts a forward")
         trainer.train()
     turn.recv()
-    report(turn, {"peak": peak_memory(job.device), "tokens": tokens})
+    report(turn, {"peak": peak_memory(job.device), "tokens": tokens, "pairs": (job.steps - 1) * job.batch})
 
 
 def race(job: Job, sides: Sequence[Side]) -> tuple[list[list[float]], list[list[float]]]:
@@ -199,8 +204,7 @@ def compare(job: Job, variants: Sequence[int]) -> dict[str, Any]:
         if not abs(column[0] - math.log(2)) <= allowed:
             raise SystemExit(f"the first step's loss is {column[0]:.4f}, expected ln 2 = {math.log(2):.4f}")
     us, *them = (side.finish() for side in sides)
-    pairs = (job.steps - 1) * job.batch
-    rate, *rates = (pairs / sum(column[1:]) for column in seconds)
+    rate, *rates = (side["pairs"] / sum(column[1:]) for side, column in zip([us, *them], seconds, strict=True))
     opponents = {
         str(micro): {
             "speed_ratio": rate / theirs,
@@ -214,7 +218,7 @@ def compare(job: Job, variants: Sequence[int]) -> dict[str, Any]:
     fastest = min(opponents, key=lambda name: opponents[name]["speed_ratio"])
     return {
         "speed_ratio": opponents[fastest]["speed_ratio"],
-        "memory_ratio": opponents[fastest]["memory_ratio"],
+        "memory_ratio": max(opponent["memory_ratio"] for opponent in opponents.values()),
         "pairs_per_second": rate,
         "peak_gb": us["peak"] / 1e9,
         "tokens_an_answer": us["tokens"] / (2 * job.steps * job.batch),
@@ -225,6 +229,7 @@ def compare(job: Job, variants: Sequence[int]) -> dict[str, Any]:
         "batch": job.batch,
         "max_new_tokens": job.max_new_tokens,
         "steps": job.steps,
+        "pairs_trained": us["pairs"],
     }
 
 
@@ -238,9 +243,9 @@ def main() -> None:
     parser.add_argument("--workload", choices=["multi_turn", "long_prompt", "short_prompt"], default="multi_turn")
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="3 steps, one of TRL's variants")
-    parser.add_argument("--variants", type=int, nargs="+", default=[8, 4], help="prompts a forward of TRL's")
+    parser.add_argument("--variants", type=int, nargs="+", default=[4, 2], help="prompts a forward of TRL's")
     parser.add_argument("--tokens-per-forward", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,7 +1,10 @@
 """OAIF end to end on a tiny real model: what is asked, what is trained on, what is kept, and the same bytes again."""
 
+import importlib
 import json
+import linecache
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,16 @@ from prefloop.feedback.chat_server import Patience
 from prefloop.models import ModelRef
 from prefloop.progress import Advance, ignore
 from prefloop.recipes import oaif as recipe
-from prefloop.recipes.oaif import OaifConfig, demo, distinct, estimate_feedback, oaif, paper, preferences
+from prefloop.recipes.oaif import (
+    OaifConfig,
+    counts_of,
+    distinct,
+    estimate_feedback,
+    load_both,
+    oaif,
+    paper,
+    preferences,
+)
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Group, Prompt, Response
 from prefloop.run import Run
@@ -66,7 +78,8 @@ def test_every_step_is_one_batch_of_fresh_answers(finished: Path) -> None:
     steps = [row for row in log_of(finished) if "evaluation" not in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
     for row in steps:
-        assert row["pairs"] + row["identical"] + row["tie"] + row["abstained"] + row["unfinished"] == 3
+        assert row["pair"] + row["identical"] + row["tie"] + row["abstained"] + row["unfinished"] == 3
+        assert row["chosen_chars"] <= row["rejected_chars"]  # the annotator is rule:short
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert len({row["length_chars"] for row in steps}) > 1
 
@@ -81,13 +94,23 @@ def test_the_model_is_looked_at_every_n_steps_and_at_the_end(finished: Path) -> 
         assert ours["rate"][0] == pytest.approx(1 - trained["rate"][0])
         assert found["agreement"] in (0.0, None)
         assert found["sampler_gap"] < 1e-4
-    assert rows[0]["evaluation"]["against_previous"] == rows[0]["evaluation"]["against_start"]
+    first, second = (row["evaluation"] for row in rows)
+    assert first["against_previous"] == first["against_start"]
+
+    def longer(one: list[Any], other: list[Any]) -> float:
+        chars = [[len(g["responses"][0]["text"].strip()) for g in groups] for groups in (one, other)]
+        return sum((a > b) + 0.5 * (a == b) for a, b in zip(*chars, strict=True)) / len(one)
+
+    # The evaluator is rule:long, and the one before is the first evaluation, not the start.
+    assert second["against_previous"]["rate"][0] == longer(second["answers"], first["answers"])
+    start = [json.loads(line) for line in (finished / "start/answers.jsonl").read_text().splitlines()]
+    assert second["against_start"]["rate"][0] == longer(second["answers"], start)
 
 
 def test_the_manifest_has_the_counts_and_the_gap_of_the_start(finished: Path) -> None:
     entry = json.loads((finished / "manifest.json").read_text())["stages"]["round-1/model"]
     steps = [row for row in log_of(finished) if "evaluation" not in row]
-    assert entry["counts"]["pairs"] == sum(row["pairs"] for row in steps)
+    assert entry["counts"]["pair"] == sum(row["pair"] for row in steps)
     assert entry["figures"]["sampler gap at the start, mean nats a token"] < 1e-4
     assert (finished / "model/model.safetensors").is_file() and (finished / "report.md").is_file()
 
@@ -211,7 +234,117 @@ def test_a_judge_whose_server_dies_is_paid_once_for_every_question(
         assert sorted(asked) == sorted(json.dumps(body, sort_keys=True) for body in healthy.answered)
         first, second = feedback_events(run)
         assert first["faults"]["connection"] >= 7 and first["calls"] == len(dying.answered) == dies_at - 1
-        assert second["faults"] == {} and second["calls"] == len(again.answered)
+        # The second process goes on counting where the first one stopped.
+        assert second["faults"] == first["faults"] and second["calls"] == len(asked)
+
+
+def test_a_budget_is_the_runs_and_not_the_processs(
+    cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a checkpoint and an evaluation at the same step, where a stop writes the checkpoint that is there."""
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    asked: list[int] = []
+    real = recipe.preferences
+    monkeypatch.setattr(recipe, "preferences", lambda *args: asked.append(1) or real(*args))
+    with JudgeServer() as server:
+        api = cfg.replace(annotator="api:small", feedback__base_url=server.url, feedback__budget_calls=13,
+                          feedback__concurrency=1, evaluate_every=2)  # fmt: skip
+        for _ in range(3):
+            with pytest.raises(BudgetReached, match="the budget of 13 calls is used up"):
+                run_oaif(api, tmp_path / "run")
+            # Two steps of six calls, and one in the evaluation after them; then, nothing more.
+            assert len(server.answered) <= 13
+        assert [file.name for file in (tmp_path / "run/round-1/model.partial").glob("checkpoint-*")] == ["checkpoint-2"]
+        assert len(asked) == 2
+        run_oaif(api.replace(feedback__budget_calls=1000), tmp_path / "run")
+    assert len(asked) == 5
+    [*_, last] = feedback_events(tmp_path / "run")
+    assert last["calls"] == len(server.answered) == server.most_asked() * len({json.dumps(b) for b in server.answered})
+
+
+def test_an_annotator_that_never_answers_stops_the_run(cfg: OaifConfig, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(FeedbackError, match=r"^the first 3 steps have given no pair; .*3 .*judge check"):
+            run_oaif(cfg.replace(annotator="rule:format"), tmp_path / "run")
+
+
+def test_an_annotator_that_was_edited_does_not_go_on_with_the_old_ones_steps(
+    cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "own_rule_of_oaif.py"
+    source.write_text("def score(prompt, response):\n    return float(len(response.text))\n")
+    own = cfg.replace(annotator="rule:own_rule_of_oaif:score", train__steps=2)
+    run_oaif(own, tmp_path / "run")
+    first = (tmp_path / "run/model/model.safetensors").read_bytes()
+    source.write_text("def score(prompt, response):\n    return -float(len(response.text))\n")
+    sys.modules.pop("own_rule_of_oaif")
+    importlib.invalidate_caches()
+    linecache.checkcache()
+    run_oaif(own, tmp_path / "run")
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() != first
+
+
+def test_without_held_out_prompts_there_are_no_win_rates(cfg: OaifConfig, tmp_path: Path) -> None:
+    run_oaif(cfg.replace(look_at__answers=0, train__steps=2), tmp_path / "run")
+    assert not any("evaluation" in row for row in log_of(tmp_path / "run"))
+    assert "no held-out prompts, so no win rates" in (tmp_path / "run/events.jsonl").read_text()
+
+
+def test_every_question_is_on_record(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "round-1/model/feedback.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in range(1, 6) for _ in range(3)]
+    for row in rows:
+        a, b = (len(row[side].strip()) for side in "ab")
+        assert row["p"] == (a < b) + 0.5 * (a == b)
+        assert row["outcome"] == ("pair" if a != b else "identical" if row["a"].strip() == row["b"].strip() else "tie")
+
+
+def test_prompts_that_are_held_out_are_not_trained_on(cfg: OaifConfig, tmp_path: Path) -> None:
+    lines = Path(cfg.prompts).read_text().splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join(lines[:4]))
+    with Run.open(tmp_path / "run", recipe="oaif", config=cfg) as run:
+        own, held_out = load_both(cfg.replace(held_out=str(tmp_path / "held_out.jsonl")), run)
+    assert (len(own), len(held_out)) == (20, 4)
+    assert not {prompt.messages for prompt in own} & {prompt.messages for prompt in held_out}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "ipo", "train__lora__rank": 4},
+        {"loss": "slic", "feedback__labels": "soft", "feedback__scale": 20.0},
+        {"offline": True},
+    ],
+)
+def test_other_losses_labels_and_an_adapter(cfg: OaifConfig, tmp_path: Path, options: dict[str, Any]) -> None:
+    run_oaif(cfg.replace(**options), tmp_path / "run")
+    steps = [row for row in log_of(tmp_path / "run") if "evaluation" not in row]
+    records = [json.loads(line) for line in (tmp_path / "run/round-1/model/feedback.jsonl").read_text().splitlines()]
+    first = [max(row["p"], 1 - row["p"]) for row in records if row["step"] == 1 and row["outcome"] == "pair"]
+    # At h = 0: DPO has ln 2, IPO 1 / (4 beta^2) with beta 1, SLiC 1, with soft labels too.
+    expected = {"ipo": 0.25, "slic": 1.0}.get(str(options.get("loss")), 0.693147)
+    assert steps[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    if options.get("feedback__labels") == "soft":
+        assert all(0.5 < p < 1 for p in first)
+    again = run_oaif(cfg.replace(**options), tmp_path / "again")
+    assert (again / "model/model.safetensors").read_bytes() == (tmp_path / "run/model/model.safetensors").read_bytes()
+
+
+def test_offline_a_prompt_has_one_pair_of_answers(cfg: OaifConfig, tmp_path: Path) -> None:
+    small = tmp_path / "prompts.jsonl"
+    small.write_text("".join(Path(cfg.prompts).read_text().splitlines(keepends=True)[:13]))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "Another?"}) + "\n")
+    for offline in (True, False):
+        own = cfg.replace(prompts=str(small), held_out=str(held_out), offline=offline)
+        run = run_oaif(own, tmp_path / f"run {offline}")
+        rows = [json.loads(line) for line in (run / "round-1/model/feedback.jsonl").read_text().splitlines()]
+        answers: dict[str, set[tuple[str, str]]] = {}
+        for row in rows:
+            answers.setdefault(row["prompt"], set()).add((row["a"], row["b"]))
+        twice = [prompt for prompt in answers if sum(row["prompt"] == prompt for row in rows) > 1]
+        assert twice and all((len(answers[prompt]) == 1) == offline for prompt in twice)
 
 
 def test_a_dry_run_counts_every_question_and_asks_none(cfg: OaifConfig, tmp_path: Path) -> None:
@@ -229,7 +362,7 @@ def test_a_dry_run_counts_every_question_and_asks_none(cfg: OaifConfig, tmp_path
     assert found
     tokens_in, tokens_out, money = map(float, found.groups())
     assert money == pytest.approx((tokens_in + 2 * tokens_out) / 1e6, rel=1e-3)
-    # Each question has two answers of 24 tokens, four characters each, and the instruction.
+    # Each question has two answers of 24 words of three letters, and the instruction.
     assert 30 * 48 < tokens_in < 30 * 1000 and tokens_out == 30 * 16
 
 
@@ -273,9 +406,12 @@ def question(a: str, b: str, id: str = "q") -> Group:
 def test_identical_answers_ties_and_abstentions_make_no_pair() -> None:
     annotator = Fixed({("a", "b"): 0.9, ("a", "c"): 0.5, ("b", "c"): None, ("c", "a"): 0.2})
     groups = [question("a", "b"), question("a", "a"), question("a", "c"), question("b", "c"), question("c", "a")]
-    pairs, counts = preferences(groups, annotator, OaifConfig())
+    pairs, labelled = preferences(groups, annotator, OaifConfig())
+    counts = counts_of(labelled)
     assert [(pair.chosen.text, pair.rejected.text, pair.p) for pair in pairs] == [("a", "b", 1.0), ("a", "c", 1.0)]
-    assert counts == {"identical": 1, "unfinished": 0, "tie": 1, "abstained": 1, "pairs": 2}
+    outcomes = {"identical": 1, "unfinished": 0, "tie": 1, "abstained": 1, "pair": 2}
+    assert counts == {**outcomes, "abstentions": {"does not say": 1}}
+    assert [one.question.a.text + one.question.b.text for one in labelled] == ["ab", "aa", "ac", "bc", "ca"]
     assert ("a", "a") not in annotator.asked
     # O16, O17: the ids that were sampled, with an end token exactly where the answer ended
     assert pairs[0].chosen == groups[0].responses[0]
@@ -287,8 +423,9 @@ def test_o7_exchanging_the_answers_flips_the_label_and_nothing_else(labels: str)
     group = question("a", "b")
     swapped = group.model_copy(update={"responses": group.responses[::-1]})
     annotator = Fixed({("a", "b"): 0.8, ("b", "a"): 1 - 0.8})
-    (one, counts), (other, same) = (preferences([g], annotator, cfg) for g in (group, swapped))
-    assert one == other and counts == same and one[0].chosen.text == "a"
+    (one, [here]), (other, [there]) = (preferences([g], annotator, cfg) for g in (group, swapped))
+    assert one == other and one[0].chosen.text == "a"
+    assert here.outcome == there.outcome and here.judgement.swapped == there.judgement
 
 
 def test_soft_labels_keep_the_probability() -> None:
@@ -303,13 +440,14 @@ def test_soft_labels_keep_the_probability() -> None:
     [
         ("keep", ["a...", "a...", "a"], 3, 0),
         ("drop", ["a"], 1, 2),
-        ("penalise", ["a...", "b", "a"], 2, 1),
+        ("penalise", ["a...", "b", "a"], 2, 0),
     ],
 )
 def test_an_unfinished_answer(policy: Any, chosen: list[str], asked: int, unfinished: int) -> None:
     annotator = Fixed({("a...", "b..."): 0.9, ("a...", "b"): 0.9, ("a", "b"): 0.9})
     groups = [question("a...", "b..."), question("a...", "b"), question("a", "b")]
-    pairs, counts = preferences(groups, annotator, OaifConfig(on_unfinished=policy))
+    pairs, labelled = preferences(groups, annotator, OaifConfig(on_unfinished=policy))
+    counts = counts_of(labelled)
     assert sorted(pair.chosen.text for pair in pairs) == sorted(chosen)
     assert len(annotator.asked) == asked and counts["unfinished"] == unfinished
     for pair in pairs:
@@ -329,7 +467,6 @@ def test_the_papers_settings() -> None:
     betas = {loss: recipe.beta_of(OaifConfig(loss=loss)) for loss in ("dpo", "ipo", "slic")}
     assert betas == {"dpo": 0.1, "ipo": 1.0, "slic": 0.002}
     assert recipe.beta_of(OaifConfig(loss="ipo", beta=0.3)) == 0.3
-    assert isinstance(demo(), OaifConfig)
 
 
 def test_the_final_model_is_an_ordinary_one(finished: Path) -> None:

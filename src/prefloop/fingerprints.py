@@ -20,6 +20,8 @@ def fingerprint(value: Any) -> str:
     """
     if isinstance(getattr(value, "fingerprint", None), str):
         return value.fingerprint
+    if isinstance(getattr(value, "identity", None), str):  # an annotator
+        return sha256(f"{type(value).__name__} {value.identity}")
     if isinstance(value, Record):
         return sha256(type(value).__name__ + value.to_json())
     if isinstance(value, Config):

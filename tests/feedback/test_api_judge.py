@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prefloop.errors import BudgetReached, FeedbackError, InputError
-from prefloop.feedback.annotator import Comparison
+from prefloop.feedback.annotator import Comparison, Judgement
 from prefloop.feedback.api_judge import Decoding
 from prefloop.feedback.chat_server import _retry_after, checked_url
 from prefloop.feedback.estimate import estimate
@@ -308,8 +308,8 @@ def test_a_question_that_the_server_does_not_take_is_an_abstention(cache: Path, 
         (refusal(403), r"let us not in \(403\)"),
         (refusal(404, "no such model"), r"not found \(.*no such model\); check the model's name, and that base_url"),
         (
-            refusal(400, "logprobs?"),
-            r"does not take the request \(Error code: 400 - logprobs\?\); choose another model.*votes = 1",
+            refusal(400, "max_tokens?"),
+            r"does not take the request \(Error code: 400 - max_tokens\?\); choose another model.*votes = 1",
         ),
         (refusal(422, "seed?"), r"does not take the request \(Error code: 422"),
     ],
@@ -317,8 +317,62 @@ def test_a_question_that_the_server_does_not_take_is_an_abstention(cache: Path, 
 def test_what_the_user_has_to_mend_stops_at_once(cache: Path, reply: Reply, message: str) -> None:
     with JudgeServer(misbehave=lambda n, body, good: reply) as server:
         with pytest.raises(InputError, match=rf"^http://127\.0\.0\.1:\d+/v1 \(model 'small'\).*{message}"):
-            judge_of(server, cache, api_key_env="NO_KEY", concurrency=1).judge(COMPARISONS)
+            judge = judge_of(server, cache, api_key_env="NO_KEY", concurrency=1)
+            judge.judge(COMPARISONS)
         assert len(server.requests) == 1
+    assert judge.meter.summary()["api:small"]["faults"] == {f"status {reply.status}": 1}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_refuses_log_probabilities_gives_votes(cache: Path, status: int) -> None:
+    def refuse(n: int, body: dict[str, Any], good: Reply) -> Reply:
+        return refusal(status, "logprobs is not supported") if "logprobs" in body else good
+
+    with JudgeServer(misbehave=refuse) as server:
+        judge = judge_of(server, cache, concurrency=1)
+        judgements = judge.judge(COMPARISONS)
+        # Refused once; then nobody asks for them again.
+        assert [len(server.answered), len(server.requests)] == [10, 11]
+    assert {q for j in judgements for q in (j.q_ab, j.q_ba)} == {0.0, 1.0}
+    assert judge.meter.summary()["api:small"]["faults"] == {"without log-probabilities": 10}
+
+
+@pytest.mark.parametrize("part", ["top_logprobs", "content", "logprobs"])
+def test_null_in_place_of_log_probabilities_is_a_vote_and_paid_once(cache: Path, part: str) -> None:
+    def without(data: dict[str, Any]) -> None:
+        choice = data["choices"][0]
+        if part == "top_logprobs":
+            choice["logprobs"]["content"][0]["top_logprobs"] = None
+        elif part == "content":
+            choice["logprobs"]["content"] = None
+        else:
+            choice["logprobs"] = None
+
+    with JudgeServer(misbehave=lambda n, body, good: good.edit(without)) as server:
+        judgements = judge_of(server, cache, concurrency=1).judge(COMPARISONS)
+        assert len(server.requests) == 10
+    assert {q for j in judgements for q in (j.q_ab, j.q_ba)} == {0.0, 1.0}
+
+
+def test_a_placeholder_for_a_key_does_not_blot_out_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with JudgeServer() as server:
+        expected = judge_of(server, cache.with_name("plain")).judge(COMPARISONS)
+        monkeypatch.setenv("JUDGE_KEY", "1")
+        assert judge_of(server, cache, api_key_env="JUDGE_KEY").judge(COMPARISONS) == expected
+
+
+def test_who_is_second_to_keep_an_answer_takes_the_first_ones(cache: Path) -> None:
+    """Two runs that ask the same at once must not train on different labels."""
+    other: list[Judgement] = []
+
+    def slow(n: int, body: dict[str, Any], good: Reply) -> Reply:
+        if n == 1:  # while this question is open, another run asks all and keeps the answers
+            with JudgeServer(bias=5.0) as biased:
+                other.extend(judge_of(biased, cache).judge(COMPARISONS))
+        return good
+
+    with JudgeServer(misbehave=slow) as server:
+        assert judge_of(server, cache, concurrency=1).judge(COMPARISONS)[0] == other[0]
 
 
 def test_an_account_without_money_stops_at_once_and_can_be_resumed(cache: Path) -> None:

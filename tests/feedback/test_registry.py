@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from prefloop.feedback.votes import Votes
 from prefloop.recipes.oaif import OaifConfig
 from prefloop.run import Stage
 from tests.feedback.annotators import COMPARISONS, COMPUTE, save_tiny_reward_model
+from tests.feedback.judge_server import JudgeServer
 from tests.tiny import save_tiny_model
 
 
@@ -124,3 +126,34 @@ def test_options_rules_and_files_need_no_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_url": "https://me:hunter22@host/v1"}, "base_url has a user name, a password or a query in it"),
+        ({"base_url": "https://host/v1?key=hunter22"}, "base_url has a user name, a password or a query in it"),
+        ({"api_key_env": "sk-hunter22"}, "api_key_env is not the name of an environment variable"),
+        ({"request": "{"}, "request = '{': not JSON"),
+        ({"request": "[1]"}, r"request = '\[1\]': expected a JSON object"),
+    ],
+)
+def test_a_secret_in_the_wrong_option_is_refused_and_not_shown(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as refused:
+        parse_config(Feedback, options)
+    assert "hunter22" not in str(refused.value)
+
+
+def test_request_and_votes_reach_the_server() -> None:
+    with JudgeServer() as server:
+        options = {
+            "base_url": server.url,
+            "request": '{"seed": null, "user": "me"}',
+            "votes": 3,
+            "vote_temperature": 0.4,
+        }
+        annotator, _ = loaded("api:small", **options)
+        annotator.judge(COMPARISONS[:1])
+        bodies = server.answered
+    assert len(bodies) == 6  # three votes in both orders
+    assert all("seed" not in body and (body["user"], body["temperature"]) == ("me", 0.4) for body in bodies)

@@ -187,6 +187,11 @@ def test_a_response_that_begins_with_a_bos_is_found(models: dict[Template, Model
     assert bos is not None
     with pytest.raises(CheckFailed, match=r"chosen response to prompt 'p0' begins with the BOS <\|begin_of_text\|>"):
         new_learner(models["llama3"], [chosen_ids(first, bos, *first.chosen.token_ids)])
+    # What a model has sampled may begin with any token, and is trained on as it is.
+    sampled = first.chosen.model_copy(update={"finish_reason": "stop"})
+    new_learner(
+        models["llama3"], [chosen_ids(first.model_copy(update={"chosen": sampled}), bos, *first.chosen.token_ids)]
+    )
 
 
 def test_a_doubled_bos_is_found(

@@ -127,6 +127,11 @@ def around_half(half: float) -> float:
     return 0.5 + half if half >= 0 else 1.0 - (0.5 - half)
 
 
+def members(annotator: Annotator) -> Sequence[Annotator]:
+    """The annotators that vote in this one; itself where it is none of several."""
+    return getattr(annotator, "members", (annotator,))
+
+
 def sigmoid(x: float) -> float:
     """The Bradley-Terry probability of a score difference, without overflow.
 

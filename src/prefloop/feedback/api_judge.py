@@ -19,7 +19,17 @@ from prefloop.errors import InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, in_both_orders
 from prefloop.feedback.answers import LabelMass, Said, by_probability, by_text, in_comparisons
 from prefloop.feedback.cache import JudgementCache
-from prefloop.feedback.chat_server import ChatCompletion, ChatServer, Patience, Refused, Stopped, TopLogprob, Usage
+from prefloop.feedback.chat_server import (
+    ChatCompletion,
+    ChatServer,
+    Message,
+    NoLogprobs,
+    Patience,
+    Refused,
+    Stopped,
+    TopLogprob,
+    Usage,
+)
 from prefloop.feedback.estimate import Estimate, guessed_tokens
 from prefloop.feedback.instructions import Instruction, load_instruction
 from prefloop.feedback.meter import Meter, Prices
@@ -91,14 +101,15 @@ class Answer(Record):
         choice = completion.choices[0]
         if choice.finish_reason == "content_filter":
             return cls(fault="refused by the server's content filter", final=True)
-        if choice.message.refusal:
+        message = choice.message or Message()
+        if message.refusal:
             return cls(fault="the judge refused to answer", final=True)
         tokens = (choice.logprobs.content if choice.logprobs else None) or []
         first = next((token for token in tokens if token.token.strip()), None)
-        top = _likeliest(first.top_logprobs) if first else None
-        if not choice.message.content and not top:
+        top = _likeliest(first.top_logprobs or []) if first else None
+        if not message.content and not top:
             return cls(fault="empty answer")
-        return cls(text=choice.message.content or "", top=top)
+        return cls(text=message.content or "", top=top)
 
     def redacted(self, redact: Callable[[str], str]) -> "Answer":
         """Without the key, should a server have put it into its answer."""
@@ -150,7 +161,7 @@ class ApiJudge:
         self.name = f"api:{self.model}"
         self.identity = f"api:{self.model} {instruction.hash} {decoding}"
         self.mass = LabelMass(instruction.labels)
-        self._warned = False
+        self._warned = self._without_logprobs = False
 
     def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
         def ask(different: Sequence[Comparison]) -> list[Judgement]:
@@ -195,7 +206,9 @@ class ApiJudge:
         return f"{self.instruction.render(order)}\n\n{self.instruction.stub}".strip()
 
     def _key(self, question: Question, attempt: int) -> str:
-        return self.cache.key("api", self.model, self.decoding.body(question.text, question.vote, attempt))
+        """By vote and attempt too: a request may be told to have no seed, which tells them apart."""
+        body = self.decoding.body(question.text, question.vote, attempt)
+        return self.cache.key("api", self.model, body, question.vote, attempt)
 
     def _kept(self, questions: Sequence[Question]) -> dict[str, Answer]:
         """Earlier answers to these questions by key, all attempts."""
@@ -262,7 +275,7 @@ class ApiJudge:
         body = self.decoding.body(question.text, question.vote, attempt)
         held = self.meter.reserve(self.model, tokens_in=guessed_tokens(question.text), tokens_out=MAX_TOKENS)
         try:
-            completion = self.server.complete(body, stop)
+            completion = self._complete(body, stop)
         except Refused as refusal:
             self.meter.release(held)
             answer = Answer(fault=str(refusal), final=True)
@@ -273,9 +286,23 @@ class ApiJudge:
             usage = completion.usage or Usage()
             self.meter.add(self.name, 1, usage.prompt_tokens, usage.completion_tokens, self.model, held)
             answer = Answer.of(completion).redacted(self.server.redacted)
-            self.cache.put({self._key(question, attempt): answer.model_dump(mode="json", exclude_none=True)})
+            key = self._key(question, attempt)
+            kept = self.cache.put({key: answer.model_dump(mode="json", exclude_none=True)})
+            answer = Answer.model_validate(kept.get(key, answer))
         self._count_fault(answer)
         return answer
+
+    def _complete(self, body: dict[str, Any], stop: Event) -> ChatCompletion:
+        """The server's answer, without log-probabilities where it refuses to give them."""
+        if not self._without_logprobs:
+            try:
+                return self.server.complete(body, stop)
+            except NoLogprobs as refusal:
+                if not self._without_logprobs:
+                    self._without_logprobs = True
+                    self.stage.note(f"{self.name} gives no log-probabilities ({refusal}): its answers are votes")
+        fields = {name: value for name, value in body.items() if name not in ("logprobs", "top_logprobs")}
+        return self.server.complete(fields, stop)
 
     def _count_fault(self, answer: Answer) -> None:
         reason = answer.said(self.instruction).reason

@@ -74,10 +74,14 @@ class JudgementCache:
             self._guarded(lambda: self._delete(damaged))
         return {key: json.loads(rows[key][0]) for key in dict.fromkeys(keys) if key in rows and key not in damaged}
 
-    def put(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep entries, all or none of them; they are on the disk on return. A key that is kept already stays."""
+    def put(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Keep entries, all or none of them; they are on the disk on return. A key that is kept already stays.
+
+        Returns what is kept of these keys now: another process may have been first, and who asks again is told that.
+        """
         values = {key: json.dumps(value, allow_nan=False) for key, value in entries.items()}
         self._guarded(lambda: self._insert([(key, text, sha256(key + text)) for key, text in values.items()]))
+        return self.get(list(entries))
 
     def close(self) -> None:
         """Give the file back; nothing may be asked of the cache after it."""

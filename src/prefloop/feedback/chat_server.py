@@ -20,11 +20,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from prefloop.errors import FeedbackError, InputError, PrefloopError
+from prefloop.feedback.options import without_secret
 from prefloop.sample.options import Server
 from prefloop.sample.server import _client
 
 FIRST_RETRIES = 2
 """A server that has never answered is probably not there: its connections are tried again no more often than this."""
+SHORTEST_KEY = 8
 AGAIN = (408, 409, 429)
 TOO_LONG = re.compile(
     r"context.{0,20}(length|window|size)|maximum.{0,20}(length|tokens)|too long|too many tokens", re.I
@@ -39,7 +41,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprobs(TopLogprob):
-    top_logprobs: list[TopLogprob] = []
+    top_logprobs: list[TopLogprob] | None = None
 
 
 class Logprobs(BaseModel):
@@ -52,7 +54,7 @@ class Message(BaseModel):
 
 
 class Choice(BaseModel):
-    message: Message = Message()
+    message: Message | None = None
     finish_reason: str | None = None
     logprobs: Logprobs | None = None
 
@@ -87,6 +89,10 @@ class Patience:
 
 class Refused(Exception):
     """The server does not take this one question; it may take others."""
+
+
+class NoLogprobs(Exception):
+    """The server takes no request for log-probabilities, with what it said; it may take the same without."""
 
 
 class Stopped(Exception):
@@ -140,7 +146,11 @@ class ChatServer:
         self._close()
 
     def redacted(self, text: str) -> str:
-        """A text without the key."""
+        """A text without the key. What is shorter than a key ("EMPTY" for a local server) is no secret, and stands in
+        answers as a word.
+        """
+        if len(self._key) < SHORTEST_KEY:
+            return text
         for written in sorted({self._key, repr(self._key)[1:-1], json.dumps(self._key)[1:-1]}, key=len, reverse=True):
             text = text.replace(written, "***") if written else text
         return text
@@ -154,7 +164,10 @@ class ChatServer:
         except openai.APITimeoutError:
             raise _Failure("timeout", f"nothing came back within {self.patience.timeout:g} s") from None
         except openai.APIStatusError as error:
-            raise self._by_status(error) from None
+            problem = self._by_status(error, asked_for_logprobs="logprobs" in body)
+            if isinstance(problem, PrefloopError):
+                self.on_fault(f"status {error.status_code}")
+            raise problem from None
         except openai.OpenAIError as error:
             raise _Failure("connection", self._quoted(str(error.__cause__ or error))) from None
         except ValidationError as error:
@@ -163,7 +176,7 @@ class ChatServer:
         except ValueError:
             raise _Failure("not JSON", "the answer is not JSON") from None
 
-    def _by_status(self, error: Any) -> "PrefloopError | Refused | _Failure":
+    def _by_status(self, error: Any, *, asked_for_logprobs: bool) -> "PrefloopError | Refused | NoLogprobs | _Failure":
         """What a status other than 2xx means (`error`: openai.APIStatusError)."""
         status, said = error.status_code, self._quoted(error.message)
         asked = f"{self.url} (model {self.model!r})"
@@ -183,6 +196,8 @@ class ChatServer:
             status in (400, 422) and (error.code == "context_length_exceeded" or TOO_LONG.search(said))
         ):
             return Refused("longer than the judge's context")
+        if status in (400, 422) and asked_for_logprobs and "logprob" in said.lower():
+            return NoLogprobs(said)
         if status == 404:
             return InputError(
                 f"{asked}: not found ({said}); check the model's name, and that base_url ends where /chat/completions "
@@ -190,7 +205,7 @@ class ChatServer:
             )
         return InputError(
             f"{asked} does not take the request ({said}); choose another model, or change the request: "
-            "votes = 1 asks for no log-probabilities, and a None in extra leaves a field out"
+            "feedback.votes = 1 asks for no log-probabilities, and a null in feedback.request leaves a field out"
         )
 
     def _retries(self, failure: "_Failure") -> int:
@@ -233,10 +248,10 @@ def checked_url(base_url: str) -> str:
     """The address of a server. Raises InputError for none, and for one with a secret in it (which is not shown)."""
     if not base_url:
         raise InputError("base_url is missing: name the server, such as http://127.0.0.1:8000/v1")
-    if "@" in base_url or "?" in base_url:
-        raise InputError(
-            "base_url has a user name, a password or a query in it; put the key into the variable api_key_env names"
-        )
+    try:
+        without_secret(base_url, "base_url")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", base_url):
         raise InputError(f"base_url = {base_url!r}: expected http://HOST:PORT/v1 or https://HOST/v1")
     return Server(url=base_url).url

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from prefloop.feedback.annotator import Annotator, Comparison
+from prefloop.feedback.annotator import Annotator, Comparison, members
 from prefloop.feedback.meter import Prices
 from prefloop.records import Record
 
@@ -48,6 +48,7 @@ class Estimate(Record):
                 "tokens_in": scaled(self.tokens_in),
                 "tokens_out": scaled(self.tokens_out),
                 "money": None if self.money is None else self.money * factor,
+                "exact": False,
             }
         )
 
@@ -73,9 +74,10 @@ class Estimates(Protocol):
 
 def estimate(annotator: Annotator, comparisons: Sequence[Comparison], prices: Prices | None = None) -> list[Estimate]:
     """For every LLM judge in an annotator, alone or in a vote; nothing is asked. Others need no calls."""
-    members: Sequence[Annotator] = getattr(annotator, "members", (annotator,))
     different = [comparison for comparison in comparisons if not comparison.identical]
-    return [member.estimate(different, prices or Prices()) for member in members if isinstance(member, Estimates)]
+    return [
+        member.estimate(different, prices or Prices()) for member in members(annotator) if isinstance(member, Estimates)
+    ]
 
 
 def guessed_tokens(text: str) -> int:

@@ -127,20 +127,25 @@ class LocalJudge:
             chunk = {self._key(group): group for group in ordered[start : start + QUESTIONS_AT_ONCE]}
             kept = {key: value["logps"] for key, value in self.cache.get(list(chunk)).items()}
             self.meter.add_hits(self.name, len(kept))
-            kept |= self._ask({key: group for key, group in chunk.items() if key not in kept})
+            if len(kept) < len(chunk):
+                kept |= self._ask(chunk, [key for key in chunk if key not in kept])
             found.update({group: kept[key] for key, group in chunk.items()})
             advance(len(chunk))
         return found
 
-    def _ask(self, questions: dict[str, TokenGroup]) -> dict[str, list[float]]:
-        """The model's answers by key, kept. Raises BudgetReached after those that the budget allows."""
-        held, over = self._reserve(list(questions.values()))
-        keys = list(questions)[: len(held)]
-        groups = [questions[key] for key in keys]
-        logps = self._forward(groups) if groups else []
-        answers = dict(zip(keys, logps, strict=True))
-        self.cache.put({key: {"logps": values} for key, values in answers.items()})
-        tokens = sum(len(group.prompt_ids) for group in groups)
+    def _ask(self, chunk: dict[str, TokenGroup], missing: Sequence[str]) -> dict[str, list[float]]:
+        """The model's answers to the `missing` questions of a chunk, kept. Raises BudgetReached after those that the
+        budget allows.
+
+        The whole chunk goes through the model: its numbers depend, in their last digits, on what is computed together,
+        and must not on what was answered before a stop.
+        """
+        held, over = self._reserve([chunk[key] for key in missing])
+        keys = missing[: len(held)]
+        logps = dict(zip(chunk, self._forward(list(chunk.values())), strict=True)) if keys else {}
+        kept = self.cache.put({key: {"logps": logps[key]} for key in keys})
+        answers = {key: kept[key]["logps"] if key in kept else logps[key] for key in keys}
+        tokens = sum(len(chunk[key].prompt_ids) for key in keys)
         if held:
             self.meter.add(self.name, len(held), tokens, len(held), None, Reservation(len(held), 0.0))
         if over:

@@ -1,8 +1,8 @@
 """Calls, tokens and money of annotators, and the budget that stops them.
 
-Money is counted by a table of prices that the user gives; where a model has no price it is unknown, never zero. One
-meter counts one process: a run that a budget has stopped goes on when the same command is given again, and what the
-cache answers then is free.
+Money is counted by a table of prices that the user gives; where a model has no price it is unknown, never zero. A run
+that a budget has stopped goes on when the same command is given again with a larger one: what was used before counts
+(`to_json` and `resume`), and what the cache answers is free.
 """
 
 import threading
@@ -172,6 +172,21 @@ class Meter:
         """What every annotator has used, as plain data."""
         with self._lock:
             return {name: tally.to_json() for name, tally in self.tallies.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was counted, as plain data, for `resume`; while no call is under way."""
+        with self._lock:
+            tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
+            return {"calls": self._calls, "money": self._money, "tallies": tallies}
+
+    def resume(self, counted: dict[str, Any]) -> None:
+        """Go on from what an earlier process of the same run has counted."""
+        with self._lock:
+            self._calls, self._money = counted["calls"], counted["money"]
+            self.tallies = {
+                name: Tally(**{**tally, "faults": Counter(tally["faults"])})
+                for name, tally in counted["tallies"].items()
+            }
 
     def describe(self) -> str:
         """One line: `small-judge: 40 calls, 12 answers from the cache, 9000 + 40 tokens, money 0.0014`."""

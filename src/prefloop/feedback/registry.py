@@ -140,8 +140,9 @@ def _local_judge(model: str, setting: Setting) -> Annotator:
 
 
 def _api_judge(model: str, setting: Setting) -> Annotator:
-    from prefloop.feedback.api_judge import load_api_judge
+    from prefloop.feedback.api_judge import Decoding, load_api_judge
     from prefloop.feedback.chat_server import Patience
+    from prefloop.feedback.options import fields_of
 
     feedback = setting.feedback
     return load_api_judge(
@@ -153,6 +154,9 @@ def _api_judge(model: str, setting: Setting) -> Annotator:
         meter=setting.meter,
         concurrency=feedback.concurrency,
         patience=Patience(timeout=feedback.timeout),
+        decoding=Decoding(
+            votes=feedback.votes, temperature=feedback.vote_temperature, extra=fields_of(feedback.request)
+        ),
         stage=setting.stage,
     )
 

@@ -102,8 +102,8 @@ def _readings(story: Story) -> str:
         ),
         (
             [label for label, c in looked if c.finished is not None and c.finished < 0.7],
-            "over 30 % of the answers hit the limit of new tokens; unfinished answers never become pairs: raise "
-            "sampling.max_new_tokens.",
+            "over 30 % of the answers hit the limit of new tokens; DICE makes no pairs of those, OAIF trains on them "
+            "without an end (--on-unfinished says otherwise): raise sampling.max_new_tokens.",
         ),
     ]
     lines = [f"- {', '.join(labels)}: {text}" for labels, text in patterns if labels]

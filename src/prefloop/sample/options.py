@@ -1,5 +1,6 @@
 """Options of sampling engines. Imports no torch, so that the command line can show them at once."""
 
+import re
 import shlex
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -55,6 +56,11 @@ class Server(Config):
             raise ValueError(f"server.url = {url!r}: expected http://HOST:PORT/v1 or https://HOST/v1")
         return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable_and_not_the_key(cls, name: str) -> str:
+        return variable_name(name)
+
     @field_validator("args")
     @classmethod
     def _args_can_be_split(cls, args: str) -> str:
@@ -63,3 +69,13 @@ class Server(Config):
         except ValueError as error:
             raise ValueError(f"server.args = {args!r}: {str(error).lower()}; quote as in a shell") from None
         return args
+
+
+def variable_name(name: str) -> str:
+    """The name; ValueError, which does not show it, for what can be no name: it may be the key itself."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ValueError(
+            "api_key_env is not the name of an environment variable (it is not shown, in case it is the key); put the "
+            "key into a variable, such as OPENAI_API_KEY, and give that name"
+        )
+    return name

@@ -24,7 +24,7 @@ LISTING = "checkpoint.json"
 def save_checkpoint(
     scratch: Path, *, step: int, model: "PreTrainedModel", optimizer: torch.optim.Optimizer, log: list[dict[str, Any]]
 ) -> None:
-    """Write `scratch/checkpoint-STEP` and then remove the older ones."""
+    """Write `scratch/checkpoint-STEP`, in place of one that is there, and then remove the others."""
 
     def write(folder: Path) -> None:
         trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -36,7 +36,7 @@ def save_checkpoint(
         files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
         (folder / LISTING).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
 
-    older = list(scratch.glob("checkpoint-*"))
+    older = [folder for folder in scratch.glob("checkpoint-*") if folder.name != f"checkpoint-{step}"]
     write_folder_atomically(scratch / f"checkpoint-{step}", write)
     for folder in older:
         shutil.rmtree(folder)

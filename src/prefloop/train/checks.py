@@ -29,8 +29,8 @@ def check_pairs(pairs: Sequence[Pair], groups: Sequence[TokenGroup], chat: ChatF
     """Token ids of pairs: one BOS, one end of turn, two different responses.
 
     A BOS may stand at the start of a prompt, once. Some templates open every turn with it (SmolLM2, Llama 2): then it
-    may stand elsewhere in a prompt too, but never twice in succession. No response begins with one; further on in a
-    response it is what a model sampled. A token that ends sampling is the last of its response or not in it at all.
+    may stand elsewhere in a prompt too, but never twice in succession. No response made from text begins with one;
+    elsewhere it is what a model sampled. A token that ends sampling is the last of its response or not in it at all.
     """
     bos = chat.bos_token_id
     in_turns = bos is not None and chat.prompt_ids(Prompt.of(CONVERSATION)).count(bos) > 1
@@ -39,7 +39,8 @@ def check_pairs(pairs: Sequence[Pair], groups: Sequence[TokenGroup], chat: ChatF
         if bos is not None:
             _check_bos(group.prompt_ids, bos, in_turns=in_turns, name=chat.token(bos), where=where)
         for which, ids in zip(("chosen", "rejected"), group.responses, strict=True):
-            if bos is not None and ids[0] == bos and bos not in chat.stop_token_ids:
+            given = getattr(pair, which).finish_reason == "given"
+            if given and bos is not None and ids[0] == bos and bos not in chat.stop_token_ids:
                 raise CheckFailed(
                     f"the {which} response to {where} begins with the BOS {chat.token(bos)}; expected none, because "
                     "the prompt stands before it: tokenise responses without special tokens, or leave their ids out"

@@ -94,12 +94,14 @@ class Learner:
     def _groups(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
         new = [pair for pair in pairs if _content(pair) not in self.known]
         groups = dict(zip(map(_content, new), self.tokenise(new), strict=True)) if new else {}
-        if groups and self.path == "shared":
-            # What is proven of a model stays so; what its configuration says of long rows depends on the rows.
-            obstacle = config_obstacle(self.model, list(groups.values()))
-            self.path, self.why = ("padded", obstacle) if obstacle else (self.path, self.why)
         known = ChainMap(groups, self.known)
         return [known[_content(pair)] for pair in pairs]
+
+    def path_of(self, groups: Sequence[TokenGroup]) -> LogpsPath:
+        """The path of one batch, whatever came before it: what is proven of the model holds for rows that its
+        configuration lets share.
+        """
+        return "padded" if self.path == "padded" or config_obstacle(self.model, groups) else "shared"
 
     def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Pairs with the log-probabilities of `policy`, which is this model with its adapter switched off."""
@@ -130,20 +132,22 @@ class Learner:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         groups = self._groups(pairs)
+        path = self.path_of(groups)
+        first = not self.optimizer.state  # no update has been made, in this process or before its checkpoint
         sums: dict[str, float] = {}
         # Around the backward pass too: layers that are computed again there must attend as they did before.
-        with self._attention():
-            for row in rows(groups, self.compute.tokens_per_forward, path=self.path):
+        with shared_prefix(self.model) if path == "shared" else nullcontext():
+            for row in rows(groups, self.compute.tokens_per_forward, path=path):
                 chunk = [pairs[i] for i in row]
-                logps = self._logps(chunk, [groups[i] for i in row])
+                logps = self._logps(chunk, [groups[i] for i in row], path)
                 losses = self._losses(logps, chunk)
-                if step == 0:
+                if first:
                     check_zero_margin(logps, chunk, policy=self.policy.fingerprint, dtype=self.dtype)
                 # Divided by the whole batch, not by the chunk: the gradient does not depend on how memory cut it.
                 (losses.sum() / len(pairs)).backward()
                 _add(sums, losses, logps, self.beta)
         norm = float(torch.nn.utils.clip_grad_norm_([w for _, w in self.trained], self.config.max_grad_norm))
-        if step == 0:
+        if first:
             check_gradients(self.trained)
         if not math.isfinite(norm):
             ids = ", ".join(pair.prompt.id for pair in pairs)
@@ -153,9 +157,6 @@ class Learner:
         means = {name: total / len(pairs) for name, total in sums.items()}
         return {**means, "grad_norm": norm, "learning_rate": rate}
 
-    def _attention(self) -> AbstractContextManager[None]:
-        return shared_prefix(self.model) if self.path == "shared" else nullcontext()
-
     def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
         """The check of the first two steps that every weight moves."""
         if step > 1:
@@ -163,8 +164,8 @@ class Learner:
         moved = partial(unit_step, self.config)
         return check_movement(self.unmoved, moved, rate=rate, peak=self.config.learning_rate)
 
-    def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup]) -> PairLogps:
-        policy = response_logps(self.model, groups, path=self.path, dtype=self.dtype).sums
+    def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup], path: LogpsPath) -> PairLogps:
+        policy = response_logps(self.model, groups, path=path, dtype=self.dtype).sums
         check_finite(policy.reshape(-1, 2).tolist(), [pair.prompt.id for pair in pairs], "the model in training")
         known = [pair.reference_logps for pair in pairs]
         reference = torch.tensor(known, dtype=torch.float32, device=policy.device)
@@ -180,10 +181,11 @@ class Learner:
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Mean loss, accuracy, margin and log-probability changes over `pairs`."""
         groups = self._groups(pairs)
+        path = self.path_of(groups)
         sums: dict[str, float] = {}
-        for row in rows(groups, self.compute.tokens_per_forward, path=self.path):
+        for row in rows(groups, self.compute.tokens_per_forward, path=path):
             chunk = [pairs[i] for i in row]
-            logps = self._logps(chunk, [groups[i] for i in row])
+            logps = self._logps(chunk, [groups[i] for i in row], path)
             _add(sums, self._losses(logps, chunk), logps, self.beta)
         return {name: total / len(pairs) for name, total in sums.items()}
 

@@ -69,6 +69,10 @@ class OnlineLearner:
         """The start model, as the model in training with its adapter off."""
         return self.learner.model.disable_adapter()
 
+    def step(self, pairs: Sequence[Pair], step: int) -> dict[str, float]:
+        """One optimiser step on pairs that were just labelled (`Learner.step`)."""
+        return self.learner.step(self.with_reference_logps(pairs), step)
+
     def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with the log-probabilities of the start model."""
         groups = self.learner.tokenise(pairs)
@@ -101,8 +105,9 @@ class OnlineLearner:
         items = [token_group(learner.chat, group.prompt, group.responses) for group in groups]
         reference = self.reference_logps(items)
         drift, gap = [], []
-        for row in rows(items, learner.compute.tokens_per_forward, path=learner.path):
-            logps = response_logps(learner.model, [items[i] for i in row], path=learner.path, dtype=learner.dtype)
+        path = learner.path_of(items)
+        for row in rows(items, learner.compute.tokens_per_forward, path=path):
+            logps = response_logps(learner.model, [items[i] for i in row], path=path, dtype=learner.dtype)
             parts = iter(zip(logps.sums.tolist(), logps.tokens.split(logps.counts.tolist()), strict=True))
             for i in row:
                 for response, base in zip(groups[i].responses, reference[i], strict=True):
