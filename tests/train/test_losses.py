@@ -158,3 +158,14 @@ def test_o9_random_labels_teach_nothing(name: str) -> None:
     logits = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     found, _ = expected_first_step(name, torch.full((6, 6), 0.5, dtype=torch.float64), logits)
     assert found.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize(("name", "value"), [("dpo", math.log(2)), ("ipo", 0.25), ("slic", 1.0)])
+def test_o8_the_same_answer_twice_has_a_constant_loss(name: str, value: float) -> None:
+    loss, beta = LOSSES[name]
+    policy = torch.tensor([-5.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-7.0], dtype=torch.float64)
+    found = loss(PairLogps(policy, policy, reference, reference), beta=beta).sum()
+    found.backward()
+    assert found.item() == pytest.approx(value, abs=1e-12)
+    assert policy.grad is not None and policy.grad.item() == 0.0
