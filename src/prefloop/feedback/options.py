@@ -40,7 +40,7 @@ class Feedback(Config):
     base_url: str = free(default="", description="of the server of api:MODEL, such as http://127.0.0.1:8000/v1")
     api_key_env: str = free(default="OPENAI_API_KEY", description="environment variable with the key to the server")
     concurrency: int = free(default=16, ge=1, description="requests to the server that are open at once")
-    timeout: float = free(default=60.0, gt=0, description="seconds that a request may wait for the next part of an answer")
+    timeout: float = free(default=60.0, gt=0, description="seconds a request may wait for the next part of its answer")
     prices: str = free(
         default="", description="YAML file with money per million tokens, one line a model: NAME: {input: 1, output: 2}"
     )
