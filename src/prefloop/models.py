@@ -274,8 +274,12 @@ def choose_device(device: str) -> str:
     return device
 
 
-def choose_sampling_dtype(device: str) -> str:
-    """bfloat16 where the hardware multiplies it natively (where it is faster), float32 elsewhere."""
+def choose_sampling_dtype(device: str, wanted: str = "auto") -> str:
+    """What is `wanted`; for "auto" bfloat16 where the hardware multiplies it natively (where it is faster), float32
+    elsewhere.
+    """
+    if wanted != "auto":
+        return wanted
     import torch
 
     if device.startswith("cuda"):

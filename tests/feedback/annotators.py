@@ -18,7 +18,7 @@ from prefloop.records import Prompt, Response
 from prefloop.train.config import Compute
 from tests.tiny import Template, save_tiny_model, tiny_tokenizer
 
-COMPUTE = Compute(device="cpu", dtype="float32", tokens_per_forward=300)
+COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32", tokens_per_forward=300)
 ANSWERS = {
     "Name a colour.": ("Red.", "The colour of the sky on a clear day."),
     "Tea or coffee?": ("Tea, because it is quieter than coffee.", "No"),

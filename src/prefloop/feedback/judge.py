@@ -21,7 +21,15 @@ from prefloop.feedback.cache import JudgementCache
 from prefloop.feedback.estimate import Estimate
 from prefloop.feedback.instructions import Instruction, load_instruction
 from prefloop.feedback.meter import Meter, Prices, Reservation
-from prefloop.models import ModelRef, choose_device, context_of, load_model, load_tokenizer, resolve
+from prefloop.models import (
+    choose_device,
+    choose_sampling_dtype,
+    context_of,
+    load_model,
+    load_tokenizer,
+    ModelRef,
+    resolve,
+)
 from prefloop.progress import Advance, ignore
 from prefloop.records import Prompt
 from prefloop.run import Stage
@@ -53,16 +61,16 @@ class LocalJudge:
         meter: Meter,
         stage: Stage | None = None,
     ) -> None:
-        from prefloop.train.reference import choose_dtype
 
-        self.ref, self.instruction, self.compute = ref, instruction, compute
+        # Nothing is trained here: the precision is that of sampling, twice as fast on many machines.
+        dtype = choose_sampling_dtype(choose_device(compute.device), compute.sampling_dtype)
+        self.ref, self.instruction, self.compute = ref, instruction, compute.replace(dtype=dtype)
         self.cache, self.meter, self.stage = cache, meter, stage or Stage.detached()
         self.chat = ChatFormat(load_tokenizer(ref))
         self.context = context_of(ref)
         self.stub_ids, labels = label_ids(self.chat, instruction)
         self.responses = ((labels[0],), (labels[1],))
         self.name = f"judge:{ref.name}"
-        dtype = choose_dtype(compute, choose_device(compute.device))
         self.identity = f"judge:{ref.fingerprint} {instruction.hash} {dtype}"
         self.mass = LabelMass(instruction.labels)
         self._warned = False

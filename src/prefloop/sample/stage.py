@@ -58,7 +58,7 @@ def sample(
         return []
     device = choose_device(compute.device)
     setting = EngineSetting(
-        dtype=choose_sampling_dtype(device) if compute.sampling_dtype == "auto" else compute.sampling_dtype,
+        dtype=choose_sampling_dtype(device, compute.sampling_dtype),
         device=device,
         batch_size=compute.sequences_per_batch,
         server=server or Server(),

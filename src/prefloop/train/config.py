@@ -17,7 +17,8 @@ class Compute(Config):
         "auto is bfloat16 on cuda and float32 elsewhere (rewards are small differences of large sums)",
     )
     sampling_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of the sampling engine; auto is bfloat16 where the hardware multiplies it natively"
+        default="auto",
+        description="of the sampling engine and of local judges; auto is bfloat16 where the hardware multiplies it",
     )
     tokens_per_forward: int = Field(default=2048, ge=1, description="tokens that go through the model at once")
     sequences_per_batch: int = Field(default=64, ge=1, description="answers that are sampled at once")

@@ -40,7 +40,7 @@ class OnlineLearner:
         self.learner, self.behaviour = learner, behaviour
         compute, policy = learner.compute, learner.policy
         device = choose_device(compute.device)
-        dtype = choose_sampling_dtype(device) if compute.sampling_dtype == "auto" else compute.sampling_dtype
+        dtype = choose_sampling_dtype(device, compute.sampling_dtype)
         self.adapter = bool(learner.config.lora.rank)
         self.reference = None if self.adapter else load_model(policy, device=device).requires_grad_(False)
         self.copy = None if dtype == "float32" else load_model(policy, dtype=dtype, device=device)
