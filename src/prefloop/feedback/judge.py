@@ -22,12 +22,12 @@ from prefloop.feedback.estimate import Estimate
 from prefloop.feedback.instructions import Instruction, load_instruction
 from prefloop.feedback.meter import Meter, Prices, Reservation
 from prefloop.models import (
+    ModelRef,
     choose_device,
     choose_sampling_dtype,
     context_of,
     load_model,
     load_tokenizer,
-    ModelRef,
     resolve,
 )
 from prefloop.progress import Advance, ignore
