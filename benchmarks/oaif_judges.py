@@ -30,6 +30,9 @@ from prefloop.sample.vllm import serve_command, served_name, vllm_python
 
 KEY = "OAIF_JUDGES_KEY"
 MODEL = "smollm2-135m"
+LABELS_ONLY = json.dumps({"structured_outputs": {"choice": ["1", "2"]}})
+"""vLLM's own field. Left alone, the small model answers with anything but a label, and the run stops for want of pairs.
+"""
 SERVER_ARGS = "--enforce-eager --kv-cache-memory-bytes 536870912"
 
 
@@ -50,7 +53,7 @@ def main() -> None:
         else:
             with vllm_server(args.vllm_python, args.out / "vllm.log") as (url, model):
                 found[name] = run(args.out, name, f"api:{model}", "--feedback.base-url", url,
-                                  "--feedback.api-key-env", KEY)  # fmt: skip
+                                  "--feedback.api-key-env", KEY, "--feedback.request", LABELS_ONLY)  # fmt: skip
             leaks = [str(file) for file in args.out.rglob("*") if file.is_file() and holds_key(file)]
             if leaks:
                 raise SystemExit(f"the key is in {leaks}")
