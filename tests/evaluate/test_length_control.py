@@ -105,6 +105,8 @@ def test_what_was_not_judged_teaches_nothing() -> None:
     length[2, 10:20] = np.nan
     other = learn_shared(p, length)
     assert other.difficulty.tolist() == one.difficulty.tolist() and other.length == one.length
+    silent = learn_shared(np.vstack([p, np.full(60, np.nan)]), np.vstack([length, np.zeros(60)]))
+    assert silent.difficulty == pytest.approx(one.difficulty, abs=2e-3)
     p[2, 10:20] = 1.0
     length[2, 10:20] = 0.5
     assert np.abs(learn_shared(p, length).difficulty - one.difficulty)[10:20].mean() > 0.05
