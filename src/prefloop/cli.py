@@ -63,6 +63,8 @@ COMMANDS = {
                      "prefloop.commands:ScoreOptions", "prefloop.commands:score"),
     "pairs": Command("steps", "best-against-worst pairs of scored answers, length debiased, with replay",
                      "prefloop.commands:PairsOptions", "prefloop.commands:pairs"),
+    "eval": Command("steps", "win rate against another model or file, implicit reward on pairs, drift; with intervals",
+                    "prefloop.evaluate.evaluation:EvalOptions", "prefloop.evaluate.evaluation:run_eval"),
     "inspect": Command("steps", "rows of a file as a model will see them, token by token",
                        "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
     "judge check": Command("steps", "how far an annotator can be trusted, on pairs whose answer is known",

@@ -151,7 +151,7 @@ class Run:
             raise cannot_write(self.path, error) from None
         # config.yaml is the first thing written: without a whole one there can be only this of ours.
         foreign = names - {".lock", TEMPORARY + "config.yaml"}
-        if foreign and _recipe_of(self.path / "config.yaml") is None:
+        if foreign and recipe_of(self.path / "config.yaml") is None:
             raise InputError(
                 f"{self.path} is not empty and not a run folder (it holds {min(foreign)}); give another --out"
             )
@@ -173,7 +173,7 @@ class Run:
         if not self._begun():
             write_atomically(file, f"{HEADER}{self.recipe}\n{self.config.to_yaml()}")
             return
-        recipe = _recipe_of(file)
+        recipe = recipe_of(file)
         fix = "give another --out, or the same options as before"
         if recipe != self.recipe:
             raise InputError(f"{self.path} is a run of {recipe}, not of {self.recipe}; {fix}")
@@ -396,7 +396,7 @@ def _lock(file: Path) -> IO[str] | None:
     return handle
 
 
-def _recipe_of(file: Path) -> str | None:
+def recipe_of(file: Path) -> str | None:
     """The recipe of a run folder's config.yaml; None when there is no such file or it is not one of ours."""
     if not file.is_file():
         return None

@@ -3,9 +3,10 @@
     prompts    one of the columns in PROMPT_COLUMNS, as text or as a conversation, whose last answer is left out
     pairs      an explicit prompt with two answers, or two whole conversations that share all but the last answer
 
-Optional columns: `system`; `input` (Alpaca: goes below `instruction`); `id` or `prompt_id`; `category`; for pairs `p`,
-`weight` and the two scores. What prefloop itself writes (prompts, groups, pairs) is read back too. A row that does not
-fit stops the load with file, row, what was seen and what was expected, or is left out and listed (`on_bad_row="skip"`).
+Optional columns: `system`; `input` (Alpaca: goes below `instruction`); `id` or `prompt_id`; `category` or `subset`; for
+pairs `p`, `weight` and the two scores. What prefloop itself writes (prompts, groups, pairs) is read back too. A row
+that does not fit stops the load with file, row, what was seen and what was expected, or is left out and listed
+(`on_bad_row="skip"`).
 """
 
 import importlib.resources
@@ -25,6 +26,7 @@ from prefloop.records import Message, Pair, Prompt, Response, content_id
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "messages", "conversation", "conversations")
 ID_COLUMNS = ("prompt_id", "id")
+CATEGORY_COLUMNS = ("category", "subset")
 SCORES = {"chosen_score": ("chosen_score", "score_chosen"), "rejected_score": ("rejected_score", "score_rejected")}
 
 OnBadRow = Literal["error", "skip"]
@@ -282,9 +284,10 @@ def _with_system(turns: list[Message], data: dict[str, Any], found: _Found) -> l
 
 
 def _identified(data: dict[str, Any], turns: list[Message], found: _Found) -> Prompt:
-    category = _text(data, "category")
-    if category:
-        found.add("category", "category")
+    category = None
+    for column in CATEGORY_COLUMNS:
+        if category is None and (category := _text(data, column)):
+            found.add("category", column)
     id = None
     for column in ID_COLUMNS:
         if id is None and (id := _text(data, column)):

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Z = 1.959964
+"""Standard errors either side of the mean that a 95 % interval takes in."""
 
-def wilson_interval(successes: float, n: int, *, z: float = 1.959964) -> tuple[float, float]:
+
+def wilson_interval(successes: float, n: int, *, z: float = Z) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927): usable at small n and near 0 and 1, unlike p +- 1.96 se.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(8, 10))
@@ -20,7 +23,7 @@ def wilson_interval(successes: float, n: int, *, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], *, z: float = 1.959964) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], *, z: float = Z) -> tuple[float, float, float]:
     """Mean and normal-theory 95 % interval; the interval is the mean itself when there is one value."""
     array = np.asarray(values, dtype=float)
     half = z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
