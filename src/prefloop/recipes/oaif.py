@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from prefloop.train.online import OnlineLearner
 
 Unfinished = Literal["keep", "drop", "penalise"]
+SLOTS = ("consistent", "first_slot", "second_slot")
+"""What the answers of an annotator with slots follow (`Judgement.slot`); counted at every step."""
 SAMPLED = 200
 """Prompts that an estimate is made from."""
 
@@ -212,8 +214,9 @@ def align(
         stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
     stage.note(f"feedback: {meter.describe()}")
     stage.event("feedback", **meter.summary())
-    for name in ("pairs", "identical", "tie", "abstained", "unfinished"):
-        stage.count(name, sum(row.get(name, 0) for row in log))
+    for name in ("pairs", "identical", "tie", "abstained", "unfinished", *SLOTS):
+        if any(name in row for row in log):
+            stage.count(name, sum(row.get(name, 0) for row in log))
     assert stage.output is not None
     stage.event("saving")
     learner.write(stage.output)
@@ -281,7 +284,7 @@ def learn(
 def preferences(
     groups: "Sequence[Group]", annotator: "Annotator", cfg: OaifConfig
 ) -> "tuple[list[Pair], dict[str, int]]":
-    """Steps 2 and 3: pairs, and how many questions made none and why."""
+    """Steps 2 and 3: pairs, how many questions made none and why, and what an annotator with slots followed."""
     from prefloop.feedback.annotator import Judgement
     from prefloop.feedback.stage import comparison_of, label
     from prefloop.run import Stage
@@ -300,7 +303,10 @@ def preferences(
             judged.append((question, Judgement(p=float(cut[1]))))
         else:
             asked.append(question)
-    judged += zip(asked, annotator.judge(asked), strict=True)
+    answers = annotator.judge(asked)
+    if any(answer.q_ab is not None for answer in answers):
+        counts |= {name: sum(answer.slot == name for answer in answers) for name in SLOTS}
+    judged += zip(asked, answers, strict=True)
     pairs = label([q for q, _ in judged], [j for _, j in judged], labels=cfg.feedback.labels, stage=Stage.detached())
     counts["tie"] = sum(judgement.p == 0.5 for _, judgement in judged)
     counts["abstained"] = sum(judgement.p is None for _, judgement in judged)
@@ -348,4 +354,5 @@ def evaluate(
         "log_ratio_per_token": mean_interval(drift),
         "sampler_gap": online.check_sampler(gap),
         "answers": [json.loads(group.to_json()) for group in now],
+        "preferred": [judgement.p for judgement in judged],
     }
