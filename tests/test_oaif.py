@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -81,6 +82,7 @@ def test_the_model_is_looked_at_every_n_steps_and_at_the_end(finished: Path) -> 
         assert ours["rate"][0] == pytest.approx(1 - trained["rate"][0])
         assert found["agreement"] in (0.0, None)
         assert found["sampler_gap"] < 1e-4
+        assert fmean(found["preferred"]) == pytest.approx(ours["rate"][0])
     assert rows[0]["evaluation"]["against_previous"] == rows[0]["evaluation"]["against_start"]
 
 
@@ -90,6 +92,7 @@ def test_the_manifest_has_the_counts_and_the_gap_of_the_start(finished: Path) ->
     assert entry["counts"]["pairs"] == sum(row["pairs"] for row in steps)
     assert entry["figures"]["sampler gap at the start, mean nats a token"] < 1e-4
     assert (finished / "model/model.safetensors").is_file() and (finished / "report.md").is_file()
+    assert (finished / "report.html").is_file()
 
 
 class Killed(BaseException):
@@ -279,6 +282,22 @@ def test_identical_answers_ties_and_abstentions_make_no_pair() -> None:
     assert ("a", "a") not in annotator.asked
     # O16, O17: the ids that were sampled, with an end token exactly where the answer ended
     assert pairs[0].chosen == groups[0].responses[0]
+
+
+class Slots(Fixed):
+    """Says how each of the two orders was answered: P(the first slot)."""
+
+    def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
+        said = {"a": (0.9, 0.2), "b": (0.9, 0.8), "c": (0.1, 0.2), "d": (0.5, 0.1)}
+        return [Judgement(p=0.6, q_ab=said[c.a.text][0], q_ba=said[c.a.text][1]) for c in comparisons]
+
+
+def test_what_a_judge_with_slots_follows_is_counted() -> None:
+    groups = [question(text, "x") for text in "abcd"]
+    assert preferences(groups, Slots({}), OaifConfig())[1] == {
+        "identical": 0, "unfinished": 0, "consistent": 1, "first_slot": 1, "second_slot": 1, "tie": 0, "abstained": 0,
+        "pairs": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])

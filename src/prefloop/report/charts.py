@@ -23,6 +23,7 @@ class Series:
     """One line or row of dots. `intervals`: [low, high] of every point, drawn as whiskers. `notes`: what hovering says.
 
     line: "solid", "dashed", "steps" (a value holds until the next point) or "none" (dots alone).
+    legend: False for a series that the caption explains, and whose colour is another's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Series:
     colour: int = 0
     line: str = "solid"
     dots: bool = False
+    legend: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Chart:
     ticks: tuple[str, ...] = ()
     level: float | None = None
     x_to: float | None = None
+
+    @property
+    def legend(self) -> list[Series]:
+        """The series that a legend names: none where there is one."""
+        named = [series for series in self.series if series.legend]
+        return named if len(named) > 1 else []
 
 
 def thinned(points: Sequence[Point], most: int = 120) -> list[Point]:

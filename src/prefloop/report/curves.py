@@ -124,11 +124,12 @@ def _win_rates(stories: Sequence[Story]) -> list[Chart]:
             known = [(step, drift, rate) for step, drift, rate in known if rate]
             if not known:
                 continue
-            said = f"{story.name}, {judge}" if _several(stories) else f"{judge} {story.config.get(judge) or ''}".strip()
+            said = story.name if _several(stories) else f"{judge} {story.config.get(judge) or ''}".strip()
             colour = i if _several(stories) else len(by_step)
             shared: dict[str, Any] = {
+                "legend": not _several(stories) or judge == "evaluator",
                 "intervals": [tuple(rate[1:]) for _, _, rate in known],
-                "notes": [f"step {step}, {_value(rate)}" for step, _, rate in known],
+                "notes": [f"step {step}, {_value(rate)} by the {judge}" for step, _, rate in known],
                 "colour": colour,
                 "line": line,
                 "dots": True,
@@ -142,8 +143,8 @@ def _win_rates(stories: Sequence[Story]) -> list[Chart]:
             "Win rate against the start",
             "step",
             "share of held-out prompts",
-            "Both should rise above one half. Where the annotator's rises and the evaluator's falls, the model learns "
-            "the annotator's taste.",
+            "Solid: by the evaluator, dashed: by the annotator that trains. Where the second rises and the first "
+            "falls, the model learns the annotator's taste.",
             by_step,
             level=0.5,
         ),
@@ -166,7 +167,8 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         for label, colour, offset, rounds in curves:
             points = [(x, row[name]) for x, row in _rows(offset, rounds) if name in row]
             if points:
-                found.append(Series(f"{label} {said}".strip(), thinned(points), colour=colour, line=line))
+                name_of = f"{label} {said}".strip()
+                found.append(Series(name_of, thinned(points), colour=colour, line=line, legend=not said))
         return found
 
     def watched(name: str) -> list[Series]:
@@ -174,7 +176,7 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         for label, colour, offset, rounds in curves:
             rows = [(x, row["validation"][name]) for x, row in _rows(offset, rounds) if "validation" in row]
             if rows:
-                found.append(Series(f"{label} validation", rows, colour=colour, line="none", dots=True))
+                found.append(Series(f"{label} validation", rows, colour=colour, line="none", dots=True, legend=False))
         return found
 
     figures = [
@@ -197,8 +199,9 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         (
             "Log-probability change in the round",
             "nats a response",
-            "Rejected should fall faster than chosen. That both fall is common; a steep fall of chosen is not.",
-            [*series("chosen_change", "chosen"), *series("rejected_change", "rejected", "dashed")],
+            "Solid: chosen, dashed: rejected, which should fall faster. That both fall is common; a steep fall of "
+            "chosen is not.",
+            [*series("chosen_change"), *series("rejected_change", "rejected", "dashed")],
             0.0,
         ),
         (
@@ -274,7 +277,7 @@ def _length(stories: Sequence[Story]) -> list[Chart]:
         if curve:
             swept.append(Series(label, curve, colour=i, line="steps"))
         note = f"alpha {number(length.alpha)}: gap {number(length.gap)}"
-        swept.append(Series(f"{label}, used", [used], notes=[note], colour=i, line="none", dots=True))
+        swept.append(Series(label, [used], notes=[note], colour=i, line="none", dots=True, legend=not curve))
     labels = tuple(label for label, _ in known)
     before = [(float(i), length.gap_at_zero) for i, (_, length) in enumerate(known)]
     after = [(float(i), length.gap) for i, (_, length) in enumerate(known)]

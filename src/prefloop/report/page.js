@@ -169,14 +169,15 @@ function pieces(words) {
   for (let i = 0; i < words.length;) {
     let j = i, text = "";
     while (j < words.length && words[j][1] === words[i][1]) text += words[j++][0];
-    made.push(words[i][1] ? element("mark", "", text) : text);
+    // The space behind the last marked word stays unmarked.
+    made.push(...(words[i][1] ? [element("mark", "", text.trimEnd()), text.slice(text.trimEnd().length)] : [text]));
     i = j;
   }
   return made.length ? made : ["(empty)"];
 }
 
 function differing(left, right) {
-  const a = left.match(/\s*\S+/g) || [], b = right.match(/\s*\S+/g) || [];
+  const a = left.match(/\S+\s*/g) || [], b = right.match(/\S+\s*/g) || [];
   const same = a.length * b.length <= CELLS ? subsequence(a.map((w) => w.trim()), b.map((w) => w.trim())) : shared(a, b);
   return [a.map((word, i) => [word, !same[0].has(i)]), b.map((word, j) => [word, !same[1].has(j)])];
 }

@@ -125,8 +125,8 @@ def _part(story: Story) -> RunPart:
         figures=Table(("", *(round.label for round in story.rounds)), figures),
         win_rates=Table(WIN_RATES, [tuple(row) for row in win_rates(story)], text=0),
         judge=_judge(story),
-        counts=Table(("stage", "what", "count"), _counts(story), text=2),
-        stages=Table(("stage", "seconds", "share", "result", "size", "sha256"), _stages(story), text=1),
+        counts=_counts(story),
+        stages=Table(("stage", "result", "sha256", "size", "seconds", "share"), _stages(story), text=3),
         facts=_facts(story),
     )
 
@@ -197,33 +197,30 @@ def _judge(story: Story) -> list[Row]:
     return rows
 
 
-def _counts(story: Story) -> list[Row]:
-    return [
-        (name, reason, str(n))
-        for name, entry in story.stages.items()
-        for reason, n in (entry.get("counts") or {}).items()
-    ]
+def _counts(story: Story) -> Table:
+    """What was kept and dropped, a column a round."""
+    labels: list[str] = []
+    counted: dict[tuple[str, str], dict[str, int]] = {}
+    for name, entry in story.stages.items():
+        label, _, part = name.rpartition("/")
+        for reason, n in (entry.get("counts") or {}).items():
+            labels += [] if label in labels else [label]
+            counted.setdefault((part, reason), {})[label] = n
+    rows = [(*what, *(str(found.get(label, "")) for label in labels)) for what, found in counted.items()]
+    return Table(("stage", "what", *labels), rows, text=2)
 
 
 def _stages(story: Story) -> list[Row]:
-    """Every stage: seconds, what it wrote and its hash; the total last."""
+    """Every stage: what it wrote, its hash, size and seconds; the total last."""
     rows: list[Row] = []
     total = story.seconds or 1.0
     for name, entry in story.stages.items():
         artifact = entry.get("artifact") or {}
-        sizes = [size for size, _ in artifact.get("files", {}).values()]
-        size = artifact.get("bytes", sum(sizes))
-        rows.append(
-            (
-                name,
-                f"{entry['seconds']:.1f}",
-                f"{100 * entry['seconds'] / total:.0f} %",
-                str(artifact.get("path", "")),
-                _size(size),
-                str(artifact.get("sha256", ""))[:12],
-            )
-        )
-    return [*rows, ("all stages", f"{story.seconds:.1f}", "100 %", "", "", "")]
+        size = artifact.get("bytes", sum(size for size, _ in artifact.get("files", {}).values()))
+        share = f"{100 * entry['seconds'] / total:.0f} %"
+        written = (str(artifact.get("path", "")), str(artifact.get("sha256", ""))[:12], _size(size))
+        rows.append((name, *written, f"{entry['seconds']:.1f}", share))
+    return [*rows, ("all stages", "", "", "", f"{story.seconds:.1f}", "100 %")]
 
 
 def _facts(story: Story) -> list[Row]:

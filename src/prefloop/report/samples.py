@@ -10,7 +10,7 @@ from typing import Any
 from prefloop.records import Group, Prompt, Response
 from prefloop.report.story import Story, prompt_text, training_pairs
 
-BUDGET = 12_000_000
+BUDGET = 13_500_000
 """Bytes of JSON that samples may take. What is beyond is left out evenly, and the page says so."""
 
 ANSWER = ("run", "prompt", "answers")
@@ -106,8 +106,9 @@ def _prompt(prompt: Prompt) -> tuple[str, str]:
 
 
 def _size(row: Sequence[Any]) -> int:
-    """Bytes that a row takes in the page, its prompt with it."""
-    return len(embedded([_prompt(part) if isinstance(part, Prompt) else part for part in row]).encode(errors="replace"))
+    """Bytes that a row takes in the page, with its prompt, the prompt's position and the commas."""
+    text = embedded([_prompt(part) if isinstance(part, Prompt) else part for part in row])
+    return len(text.encode(errors="replace")) + 8
 
 
 def _fitting(rows: list[list[Any]], room: int) -> list[list[Any]]:
