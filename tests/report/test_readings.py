@@ -90,8 +90,8 @@ def test_a_judge_that_follows_the_slot() -> None:
     assert counts == {"pairs": 60, "consistent": 30, "first_slot": 20, "second_slot": 10}
     assert slot_share(counts) == pytest.approx((0.5, 0.3773502, 0.6226498), abs=1e-4)
     assert slot_share({"pairs": 3}) is None
-    # 15 of 60 is the share of a decent judge.
-    rows = [{"step": 1, "pairs": 60, "consistent": 45, "first_slot": 5, "second_slot": 10}]
+    # 20 of 60: the interval [0.227, 0.459] reaches below 1/4.
+    rows = [{"step": 1, "pairs": 60, "consistent": 40, "first_slot": 5, "second_slot": 15}]
     assert said(story(Round("round-1", training=rows))) == []
 
 

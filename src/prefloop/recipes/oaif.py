@@ -38,6 +38,7 @@ from pydantic import Field
 from prefloop.config import Config, free
 from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.options import AnnotatorName, Feedback
+from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.steps import LookAt, check_room, conclude, load_own_prompts, look_at, split_off
 from prefloop.sample.options import EngineName, Server
@@ -94,6 +95,7 @@ class OaifConfig(Config):
         default_factory=lambda: Train(steps=4000, batch_size=128, warmup_steps=150, validation_pairs=0),
         description="every step is one batch of prompts",
     )
+    metrics: MetricsName = ""
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
