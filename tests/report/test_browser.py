@@ -108,6 +108,8 @@ def test_pairs_are_paged_searched_filtered_and_ordered(opened: tuple[Any, list[s
     tab.click("#next")
     assert tab.inner_text("#place") == "101 to 123 of 123" and tab.locator(".sample").count() == 23
     assert tab.is_disabled("#next") and not tab.is_disabled("#previous")
+    colour = "getComputedStyle(document.querySelector('.{} mark')).backgroundColor"
+    chosen, rejected = (tab.evaluate(colour.format(side)) for side in ("left", "right"))
     choose(tab, source="offline")
     assert found(tab) == 3
     choose(tab, source="all", category="odd")
@@ -119,6 +121,10 @@ def test_pairs_are_paged_searched_filtered_and_ordered(opened: tuple[Any, list[s
     assert tab.inner_text(".sample .left .answer") == "the quick answer 119"
     search(tab, "nothing has this")
     assert found(tab) == 0 and tab.locator(".sample").count() == 0
+    tab.fill("#search", "")
+    choose(tab, view="before and after")
+    # What is new has the colour of what is chosen.
+    assert tab.evaluate(colour.format("right")) == chosen != rejected == tab.evaluate(colour.format("left"))
 
 
 def test_hostile_text_is_shown_and_not_run(opened: tuple[Any, list[str]]) -> None:

@@ -59,6 +59,12 @@ def test_length_grows_beyond_both_intervals(low: float, grows: bool) -> None:
         assert (option in remedies(told)) == grows
 
 
+@pytest.mark.parametrize(("low", "left"), [(1.01, True), (1.0, False)])
+def test_a_model_that_left_its_start(low: float, left: bool) -> None:
+    told = story(Round("round-1", checkup=checkup(kl_per_token=(2.0, low, 3.0))))
+    assert ["7.4 times likelier than under the start model (round-1)" in text for text in said(told)] == [True] * left
+
+
 @pytest.mark.parametrize(
     ("loss", "margin", "saturated"),
     [("dpo", 3.0, True), ("dpo", 2.9, False), ("slic", 1.0, True), ("slic", 0.9, False), ("ipo", 50.0, False)],

@@ -134,15 +134,17 @@ function element(name, className, ...children) {
 
 function card(sample) {
   const [text, category] = data.prompts[sample.prompt];
+  const pairs = at("view").value === "pairs";
   const notes = [category, sample.source].filter(Boolean);
   if (sample.p !== null) {
-    const who = at("view").value === "answers" ? `${data.judged[Number(at("of-run").value)]}: ` : "";
-    notes.push(`${who}P(${at("view").value === "answers" ? "right" : "chosen"} preferred) = ${sample.p}`);
+    const who = pairs ? "" : `${data.judged[Number(at("of-run").value)]}: `;
+    notes.push(`${who}P(${pairs ? "chosen" : "right"} preferred) = ${sample.p}`);
   }
   const [left, right] = at("mark").checked ? differing(sample.left.text, sample.right.text) : [null, null];
   return element("article", "sample",
     element("p", "prompt", text),
-    element("div", "sides", side(sample.left, "left", left), side(sample.right, "right", right)),
+    // The colour of what is new or chosen, and of what was or is rejected.
+    element("div", pairs ? "sides" : "sides turned", side(sample.left, "left", left), side(sample.right, "right", right)),
     element("p", "quiet more", notes.join(" · ")));
 }
 

@@ -18,6 +18,8 @@ FOLLOWS_SLOT = 0.25
 """A share of pairs, lower end of its 95 % interval, above which a judge is said to follow the slot."""
 ABSTAINS = 0.2
 """A larger share of abstentions is told."""
+DRIFTED = 1.0
+"""Nats a token, lower end of the 95 % interval of the KL divergence, above which a model has left its start."""
 USABLE = 0.5
 """A smaller share of prompts that became pairs is told."""
 SATURATED = {"dpo": 3.0, "slic": 1.0}
@@ -35,7 +37,7 @@ class Reading:
 
 def read(story: Story) -> list[Reading]:
     """The patterns that a run shows, in a fixed order."""
-    found = (_both_fall, _length_grows, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
+    found = (_both_fall, _length_grows, _drifted, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
              _few_pairs, _coin)  # fmt: skip
     return [reading for find in found for reading in find(story)]
 
@@ -110,6 +112,23 @@ def _length_grows(story: Story) -> Iterator[Reading]:
         "intervals. A win rate or reward that rises with them may be a taste for length.",
         tuple(by_recipe.get(story.recipe, [])),
     )
+
+
+def _drifted(story: Story) -> Iterator[Reading]:
+    looked = [(r.label, r.checkup.kl_per_token) for r in story.rounds if r.checkup]
+    gone = [(label, kl) for label, kl in looked if kl and kl[1] > DRIFTED]
+    if gone:
+        label, kl = gone[-1]
+        yield Reading(
+            tuple(label for label, _ in gone),
+            f"the model has left its start: each token of its own answers is on average {math.exp(kl[0]):.1f} times "
+            f"likelier than under the start model ({label}). Read some answers: they may have lost their sense.",
+            (
+                ("--train.learning-rate", "lower"),
+                ("--train.steps", "fewer"),
+                ("--beta", "higher: a stronger pull to the reference"),
+            ),
+        )
 
 
 def _saturated(story: Story) -> Iterator[Reading]:
