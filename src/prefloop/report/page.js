@@ -71,17 +71,17 @@ function options(id, entries) {
 function setUp() {
   // What can be chosen depends on the view and the run.
   const run = Number(at("of-run").value), pairs = at("view").value === "pairs";
-  const models = pairs ? [] : data.models[run].map((name, i) => [i, name]);
+  const models = data.models[run].map((name, i) => [i, name]);
   const rows = (pairs ? data.pairs : data.answers).filter((row) => row[0] === run);
-  const fresh = at("before").dataset.run !== String(run) && !pairs;
-  options("before", models);
-  options("after", models);
-  if (fresh && models.length) {
+  if (at("before").dataset.run !== String(run)) {
     // The last model against the first; of an online run the last evaluation, which was judged.
+    options("before", models);
+    options("after", models);
     at("before").dataset.run = run;
     at("before").value = 0;
     at("after").value = models.length - 1;
   }
+  for (const id of ["before", "after"]) at(id).parentElement.hidden = pairs || models.length < 2;
   options("round", pairs ? [...new Set(rows.map((row) => row[1]))].map((name) => [name, name]) : []);
   const mixed = pairs && new Set(rows.map((row) => row[8])).size > 1;
   options("source", mixed ? [["", "all"], [1, "generated"], [0, "offline"]] : []);
