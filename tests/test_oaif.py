@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_every_step_is_one_batch_of_fresh_answers(finished: Path) -> None:
     steps = [row for row in log_of(finished) if "evaluation" not in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
     for row in steps:
-        assert row["pair"] + row["identical"] + row["tie"] + row["abstained"] + row["unfinished"] == 3
+        assert row["pairs"] + row["identical"] + row["tie"] + row["abstained"] + row["unfinished"] == 3
         assert row["chosen_chars"] <= row["rejected_chars"]  # the annotator is rule:short
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert len({row["length_chars"] for row in steps}) > 1
@@ -94,6 +95,7 @@ def test_the_model_is_looked_at_every_n_steps_and_at_the_end(finished: Path) -> 
         assert ours["rate"][0] == pytest.approx(1 - trained["rate"][0])
         assert found["agreement"] in (0.0, None)
         assert found["sampler_gap"] < 1e-4
+        assert fmean(found["preferred"]) == pytest.approx(ours["rate"][0])
     first, second = (row["evaluation"] for row in rows)
     assert first["against_previous"] == first["against_start"]
 
@@ -110,9 +112,10 @@ def test_the_model_is_looked_at_every_n_steps_and_at_the_end(finished: Path) -> 
 def test_the_manifest_has_the_counts_and_the_gap_of_the_start(finished: Path) -> None:
     entry = json.loads((finished / "manifest.json").read_text())["stages"]["round-1/model"]
     steps = [row for row in log_of(finished) if "evaluation" not in row]
-    assert entry["counts"]["pair"] == sum(row["pair"] for row in steps)
+    assert entry["counts"]["pairs"] == sum(row["pairs"] for row in steps)
     assert entry["figures"]["sampler gap at the start, mean nats a token"] < 1e-4
     assert (finished / "model/model.safetensors").is_file() and (finished / "report.md").is_file()
+    assert (finished / "report.html").is_file()
 
 
 class Killed(BaseException):
@@ -409,12 +412,28 @@ def test_identical_answers_ties_and_abstentions_make_no_pair() -> None:
     pairs, labelled = preferences(groups, annotator, OaifConfig())
     counts = counts_of(labelled)
     assert [(pair.chosen.text, pair.rejected.text, pair.p) for pair in pairs] == [("a", "b", 1.0), ("a", "c", 1.0)]
-    outcomes = {"identical": 1, "unfinished": 0, "tie": 1, "abstained": 1, "pair": 2}
+    outcomes = {"identical": 1, "unfinished": 0, "tie": 1, "abstained": 1, "pairs": 2}
     assert counts == {**outcomes, "abstentions": {"does not say": 1}}
     assert [one.question.a.text + one.question.b.text for one in labelled] == ["ab", "aa", "ac", "bc", "ca"]
     assert ("a", "a") not in annotator.asked
     # O16, O17: the ids that were sampled, with an end token exactly where the answer ended
     assert pairs[0].chosen == groups[0].responses[0]
+
+
+class Slots(Fixed):
+    """Says how each of the two orders was answered: P(the first slot)."""
+
+    def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
+        said = {"a": (0.9, 0.2), "b": (0.9, 0.8), "c": (0.1, 0.2), "d": (0.5, 0.1)}
+        return [Judgement(p=0.6, q_ab=said[c.a.text][0], q_ba=said[c.a.text][1]) for c in comparisons]
+
+
+def test_what_a_judge_with_slots_follows_is_counted() -> None:
+    groups = [question(text, "x") for text in "abcd"]
+    assert preferences(groups, Slots({}), OaifConfig())[1] == {
+        "identical": 0, "unfinished": 0, "consistent": 1, "first_slot": 1, "second_slot": 1, "tie": 0, "abstained": 0,
+        "pairs": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])

@@ -295,7 +295,7 @@ def test_run_in_folder_prints_the_table_and_the_places(
 
     run_in_folder("dpo", method, cfg, tmp_path / "run")
     out = capsys.readouterr().out
-    assert "held-out" in out and f"report  {tmp_path / 'run/report.md'}" in out and "model   " in out
+    assert "held-out" in out and f"report  {tmp_path / 'run/report.html'}" in out and "model   " in out
 
 
 def test_presets_hold_what_their_pages_say() -> None:

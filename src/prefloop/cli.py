@@ -69,6 +69,8 @@ COMMANDS = {
                        "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
     "judge check": Command("steps", "how far an annotator can be trusted, on pairs whose answer is known",
                            "prefloop.commands:JudgeCheckOptions", "prefloop.commands:judge_check"),
+    "report": Command("steps", "one page of a run, or of several side by side, to open in a browser",
+                      "prefloop.commands:ReportOptions", "prefloop.commands:report"),
     "doctor": Command("steps", "what this machine makes of a model: path, parity, memory and time a step",
                       "prefloop.commands:DoctorOptions", "prefloop.commands:doctor"),
 }  # fmt: skip
@@ -245,8 +247,9 @@ def recipe_help(name: str, command: Command) -> str:
 def run_step(name: str, command: Command, args: list[str]) -> None:
     """Parse the options of a single step and run it."""
     config: type[Config] = load(command.config)
-    if "file" in config.model_fields and args and not args[0].startswith("-"):
-        args = ["--file", *args]  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
+    for name_of in ("file", "runs"):  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
+        if name_of in config.model_fields and args and not args[0].startswith("-"):
+            args = [f"--{name_of}", *args]
     load(command.run)(parse(config, args, prog=f"prefloop {name}"))
 
 

@@ -1,4 +1,5 @@
-"""The single steps as commands: `prefloop sample | score | pairs | inspect | judge check | doctor`, file in, file out.
+"""The single steps as commands, file in, file out: `prefloop sample | score | pairs | inspect | judge check | report |
+doctor`.
 
 A step works in a folder OUT.work beside its output, which keeps finished parts when it is interrupted and is removed
 when the output is complete. An output that exists already is never overwritten.
@@ -28,6 +29,8 @@ from prefloop.pairs.select import best_vs_worst, debias_length
 from prefloop.recipes.dice import Filters, find_coefficient
 from prefloop.recipes.steps import encode, load, two_models
 from prefloop.records import Record
+from prefloop.report.page import REPORT, write_page
+from prefloop.report.story import read_story
 from prefloop.run import Run
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -110,6 +113,13 @@ class DoctorOptions(Config):
     lora: Lora = Field(default_factory=Lora)
     compute: Compute = Field(default_factory=Compute)
     out: str = Field(default="", description="a JSON file to write all figures to")
+
+
+class ReportOptions(Config):
+    """A self-contained page of finished runs, several side by side: figures, charts, what they mean, samples."""
+
+    runs: tuple[str, ...] = Field(default=(), description="run folders, as prefloop dice, dpo and oaif make them")
+    out: str = Field(default="", description="the page to write; RUN/report.html, or report.html here for several runs")
 
 
 def sample(options: SampleOptions) -> None:
@@ -219,6 +229,17 @@ def doctor(options: DoctorOptions) -> None:
         write_atomically(out, report.to_json() + "\n")
     if report.problems:
         sys.exit(1)
+
+
+def report(options: ReportOptions) -> None:
+    """`prefloop report`. RUN/report.html, which the run itself has written, is written anew."""
+    needed(options, "runs")
+    stories = [read_story(Path(run)) for run in options.runs]
+    if options.out or len(stories) > 1:
+        out = new_file(options.out or REPORT)
+    else:
+        out = stories[0].path / REPORT
+    print(write_page(stories, out))
 
 
 def needed(options: Config, *names: str) -> None:

@@ -37,6 +37,7 @@ from prefloop.atomic import TEMPORARY, cannot_write, remove_leftovers, write_ato
 from prefloop.config import Config, read_yaml
 from prefloop.errors import InputError, PrefloopError
 from prefloop.fingerprints import fingerprint, sha256
+from prefloop.metrics import STREAMED, Tracker, figures, open_tracker
 from prefloop.progress import Advance, show_progress
 from prefloop.records import Record
 
@@ -100,6 +101,7 @@ class Run:
         self.path, self.recipe, self.config, self.console = path, recipe, config, console
         self.stages: dict[str, dict[str, Any]] = {}
         self.current: str | None = None
+        self.tracker: Tracker | None = None
         self._keys: dict[str, str] = {}
         self._lock: IO[str] | None = None
         self._new = False
@@ -117,6 +119,7 @@ class Run:
         try:
             run._take()
             try:
+                run.tracker = open_tracker(getattr(config, "metrics", ""), run.path, config.model_dump(mode="json"))
                 yield run
             except BaseException as error:
                 run._record_end(error)
@@ -126,6 +129,8 @@ class Run:
                     )  # refused before its first stage: nothing is left behind
                 raise
         finally:
+            if run.tracker:
+                run.tracker.close()
             if run._lock:
                 run._lock.close()
 
@@ -210,7 +215,12 @@ class Run:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def event(self, kind: str, stage: str | None = None, /, **fields: Any) -> None:
-        """Append a line to events.jsonl. A half line that a kill left stays a line of its own."""
+        """Append a line to events.jsonl. A half line that a kill left stays a line of its own.
+
+        A tracker gets the figures of steps and evaluations too.
+        """
+        if self.tracker and kind in STREAMED:
+            self.tracker.log((stage or "").partition("/")[0], fields["step"], dict(figures(fields)))
         file = self.path / "events.jsonl"
         line = json.dumps(dict(time=_now(), stage=stage, event=kind, **fields), default=str)
         try:

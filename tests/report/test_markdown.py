@@ -5,16 +5,11 @@ from pathlib import Path
 import pytest
 
 from prefloop.errors import InputError
-from prefloop.evaluate.checkup import Checkup
 from prefloop.records import Group, Prompt, Response
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.story import Round, Story, read_story
-
-
-def checkup(**figures: object) -> Checkup:
-    known = {"accuracy": (0.9, 0.8, 0.95), "chosen_change": 1.0, "rejected_change": -2.0, "finished": 1.0}
-    return Checkup.model_validate({"model": "m", "pairs": 40, "answers": 1, **known, **figures})
+from tests.report.runs import checkup
 
 
 def story(path: Path, *rounds: Round, **config: object) -> Story:
@@ -41,7 +36,7 @@ def test_a_models_text_is_shown_and_never_takes_effect(tmp_path: Path) -> None:
         ({}, None),
         ({"chosen_change": -1.0, "rejected_change": -3.0}, "chosen and rejected both became less likely"),
         ({"accuracy": (0.55, 0.4, 0.7)}, "cannot be told from a coin"),
-        ({"finished": 0.5}, "raise sampling.max_new_tokens"),
+        ({"finished": 0.5}, "`--sampling.max-new-tokens` (higher)"),
     ],
 )
 def test_a_known_pattern_is_put_in_words_with_the_models_that_show_it(

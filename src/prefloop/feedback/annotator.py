@@ -11,7 +11,7 @@ label: `Judgement.p` is None for an abstention, 1/2 for a tie, and both are coun
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,14 @@ class Judgement(Record):
         """The judgement of the swapped comparison."""
         p = None if self.p is None else 1.0 - self.p
         return self.model_copy(update={"p": p, "q_ab": self.q_ba, "q_ba": self.q_ab})
+
+    @property
+    def slot(self) -> Literal["consistent", "first_slot", "second_slot"] | None:
+        """What the answers to both orders follow: a slot, or the answers ("consistent"). None unless both decide."""
+        if self.q_ab is None or self.q_ba is None or 0.5 in (self.q_ab, self.q_ba):
+            return None
+        ab, ba = self.q_ab > 0.5, self.q_ba > 0.5
+        return "consistent" if ab != ba else "first_slot" if ab else "second_slot"
 
 
 def abstention(reason: str) -> Judgement:

@@ -160,8 +160,8 @@ def compare(questions: Sequence[Question], judgements: Sequence[Judgement]) -> d
     """The figures of a `JudgeReport` that follow from judgements."""
     answered = zip(questions, judgements, strict=True)
     halves = [(question, judgement.p - 0.5) for question, judgement in answered if judgement.p is not None]
-    slots = Counter(_slot(judgement) for judgement in judgements)
-    both = slots["consistent"] + slots["first"] + slots["second"]
+    slots = Counter(judgement.slot for judgement in judgements)
+    both = slots["consistent"] + slots["first_slot"] + slots["second_slot"]
     longer = [(half, _length_difference(question)) for question, half in halves]
     decided = [half * difference > 0 for half, difference in longer if half and difference]
     gold = [question.sign * difference > 0 for question, _ in halves if (difference := _length_difference(question))]
@@ -170,24 +170,14 @@ def compare(questions: Sequence[Question], judgements: Sequence[Judgement]) -> d
         "ties": sum(half == 0 for _, half in halves),
         "abstained": dict(Counter(j.reason for j in judgements if j.reason).most_common()),
         "agreement": accuracy([question.sign * half for question, half in halves]) if halves else None,
-        "same_slot": _share(slots["first"] + slots["second"], both),
+        "same_slot": _share(slots["first_slot"] + slots["second_slot"], both),
         "consistent": slots["consistent"],
-        "first_slot": slots["first"],
-        "second_slot": slots["second"],
+        "first_slot": slots["first_slot"],
+        "second_slot": slots["second_slot"],
         "prefers_longer": _share(sum(decided), len(decided)),
         "gold_longer": _share(sum(gold), len(gold)),
         "length_correlation": _cosine(longer),
     }
-
-
-def _slot(judgement: Judgement) -> str | None:
-    """What the answers to both orders follow: "first" or "second" slot, or neither ("consistent"); None unless both
-    decide.
-    """
-    if judgement.q_ab is None or judgement.q_ba is None or 0.5 in (judgement.q_ab, judgement.q_ba):
-        return None
-    ab, ba = judgement.q_ab > 0.5, judgement.q_ba > 0.5
-    return "consistent" if ab != ba else "first" if ab else "second"
 
 
 def _length_difference(question: Question) -> float:

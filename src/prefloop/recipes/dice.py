@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from prefloop.config import Config
 from prefloop.feedback.implicit_reward import implicit_reward
 from prefloop.feedback.scorer import Scores, load_function, score_with
+from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.filters import keep_finished, keep_scored
 from prefloop.pairs.length import LengthCoefficient, fixed_coefficient, length_coefficient
@@ -93,6 +94,7 @@ class DiceConfig(Config):
     look_at: LookAt = Field(default_factory=LookAt)
     start: Train = Field(default_factory=Train, description="the DPO round that makes pi(0), without --reference")
     train: Train = Field(default_factory=Train, description="every DICE round")
+    metrics: MetricsName = ""
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from prefloop.config import Config
+from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.replay import hold_out
 from prefloop.recipes.steps import LookAt, conclude, look_at, offline_and_held_out, two_models
@@ -43,6 +44,7 @@ class DpoConfig(Config):
     sampling: Sampling = Field(default_factory=Sampling, description="of the answers that are looked at")
     look_at: LookAt = Field(default_factory=LookAt)
     train: Train = Field(default_factory=Train)
+    metrics: MetricsName = ""
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)

@@ -41,6 +41,7 @@ from prefloop.atomic import write_atomically
 from prefloop.config import Config, free
 from prefloop.errors import FeedbackError, InputError, PrefloopError
 from prefloop.feedback.options import AnnotatorName, Feedback
+from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.steps import LookAt, check_room, conclude, load_own_prompts, look_at, split_off
 from prefloop.sample.options import EngineName, Server
@@ -56,10 +57,18 @@ if TYPE_CHECKING:
     from prefloop.train.online import OnlineLearner
 
 Unfinished = Literal["keep", "drop", "penalise"]
-OUTCOMES = ("pair", "identical", "tie", "abstained", "unfinished")
-"""What may become of a question."""
+OUTCOMES = {
+    "pairs": "pair",
+    "identical": "identical",
+    "tie": "tie",
+    "abstained": "abstained",
+    "unfinished": "unfinished",
+}
+"""What is counted at every step -> what became of a question."""
 STEPS_WITHOUT_PAIRS = 3
 """From the start, after which the run stops."""
+SLOTS = ("consistent", "first_slot", "second_slot")
+"""What the answers of an annotator with slots follow (`Judgement.slot`); counted at every step."""
 SAMPLED = 200
 """Prompts that an estimate is made from."""
 
@@ -104,6 +113,7 @@ class OaifConfig(Config):
         default_factory=lambda: Train(steps=4000, batch_size=128, warmup_steps=150, validation_pairs=0),
         description="every step is one batch of prompts",
     )
+    metrics: MetricsName = ""
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
@@ -296,7 +306,7 @@ def check_there_are_pairs(
     pairs: "Sequence[Pair]", labelled: "Sequence[Labelled]", log: Sequence[dict[str, Any]], step: int
 ) -> None:
     """Raises FeedbackError when none of the first steps has given a pair: that is paid for and teaches nothing."""
-    if pairs or any(row.get("pair") for row in log) or step + 1 < STEPS_WITHOUT_PAIRS:
+    if pairs or any(row.get("pairs") for row in log) or step + 1 < STEPS_WITHOUT_PAIRS:
         return
     why = Counter(one.outcome if one.outcome != "abstained" else one.judgement.reason for one in labelled)
     said = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
@@ -399,15 +409,14 @@ def outcome_of(judgement: "Judgement") -> str:
 
 
 def counts_of(labelled: Sequence[Labelled]) -> dict[str, Any]:
-    """How many questions of a step ended how, why there was no answer, and how often a judge followed the slot."""
+    """How many questions of a step ended how, why there was no answer, and what an annotator with slots followed."""
     found = Counter(one.outcome for one in labelled)
     reasons = Counter(one.judgement.reason for one in labelled if one.outcome == "abstained")
-    slots = [(one.judgement.q_ab, one.judgement.q_ba) for one in labelled]
-    decided = [(ab > 0.5, ba > 0.5) for ab, ba in slots if ab is not None and ba is not None and 0.5 not in (ab, ba)]
+    slots = Counter(one.judgement.slot for one in labelled)
     return {
-        **{name: found[name] for name in OUTCOMES},
+        **{name: found[outcome] for name, outcome in OUTCOMES.items()},
         **({"abstentions": dict(sorted(reasons.items()))} if reasons else {}),
-        **({"same_slot": sum(ab == ba for ab, ba in decided) / len(decided)} if decided else {}),
+        **({name: slots[name] for name in SLOTS} if any(one.judgement.q_ab is not None for one in labelled) else {}),
     }
 
 
@@ -422,6 +431,7 @@ def lengths_of_pairs(pairs: "Sequence[Pair]") -> dict[str, float]:
 def totals(log: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Questions of all steps by what became of them, and abstentions by reason."""
     found = Counter({name: sum(row.get(name, 0) for row in log) for name in OUTCOMES})
+    found.update({name: sum(row.get(name, 0) for row in log) for name in SLOTS if any(name in row for row in log)})
     for row in log:
         found.update({f"abstained: {reason}": n for reason, n in row.get("abstentions", {}).items()})
     return dict(found)
@@ -506,4 +516,5 @@ def evaluate(
         "log_ratio_per_token": mean_interval(drift),
         "sampler_gap": online.check_sampler(gap),
         "answers": [json.loads(group.to_json()) for group in now],
+        "preferred": [judgement.p for judgement in judged],
     }

@@ -18,6 +18,7 @@ from prefloop.pairs.replay import hold_out
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
+from prefloop.report.page import REPORT, write_page
 from prefloop.report.story import read_story
 from prefloop.report.table import terminal_table
 from prefloop.run import Run, Stage
@@ -195,9 +196,11 @@ def look_at(
 
 
 def conclude(run: Run, model: ModelRef) -> ModelRef:
-    """The final model with its card as RUN/model, and the report."""
+    """The final model with its card as RUN/model, and the reports: report.md and report.html."""
     folder = run.stage("model", export, model, model_card(read_story(run.path)))
-    write_report(read_story(run.path))
+    story = read_story(run.path)
+    write_report(story)
+    write_page([story], run.path / REPORT)
     return ModelRef.of(folder.path)
 
 
@@ -217,4 +220,4 @@ def run_in_folder(recipe: str, method: Callable[[Any, Run], ModelRef], cfg: Conf
     story = read_story(out)
     seconds = sum(entry["seconds"] for entry in story.stages.values())
     Console().print(terminal_table(story))
-    print(f"report  {out / 'report.md'}\nmodel   {model.path}\nstages  {seconds:.0f} s in all")
+    print(f"report  {out / REPORT}\nmodel   {model.path}\nstages  {seconds:.0f} s in all")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.atomic import write_atomically
-from prefloop.records import Prompt
+from prefloop.report import readings
 from prefloop.report.plots import plot_alpha, plot_training
-from prefloop.report.story import Round, Story
-from prefloop.report.table import markdown_table
+from prefloop.report.story import Round, Story, prompt_text
+from prefloop.report.table import WIN_RATES, markdown_table, win_rates
 
 
 def write_report(story: Story) -> Path:
@@ -19,12 +19,12 @@ def write_report(story: Story) -> Path:
         plots.append("![training](training.png)")
     shown = int(story.config.get("look_at", {}).get("shown", 0))
     parts = [
-        f"# {story.recipe}: {story.path.name}",
+        f"# {story.recipe}: {story.name}",
         _what(story),
         "## Figures by round\n\n" + markdown_table(story),
         *(["## Curves\n\n" + "\n\n".join(plots)] if plots else []),
         _win_rates(story),
-        _readings(story),
+        readings.markdown(readings.read(story)),
         _before_and_after(story.rounds, shown),
         _counts(story),
         _time(story),
@@ -52,68 +52,21 @@ def _what(story: Story) -> str:
 
 def _win_rates(story: Story) -> str:
     """The evaluations of an online method: by whom, against whom, and what drifted meanwhile."""
-    rows = [(row["step"], row["evaluation"]) for r in story.rounds for row in r.training if "evaluation" in row]
+    rows = win_rates(story)
     if not rows:
         return ""
-    judges = {
-        "evaluator": story.config.get("evaluator") or story.config.get("annotator"),
-        "annotator": story.config.get("annotator"),
-    }
-    lines = [
-        f"| {step} | {_rate(found['against_start'])} | {_rate(found['against_start_by_the_annotator'])} "
-        f"| {_rate(found['against_previous'])} | {found['length_chars'][0]:.0f} "
-        f"| {found['log_ratio_per_token'][0]:.4f} |"
-        for step, found in rows
-    ]
+    annotator = story.config.get("annotator")
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([
         "## Win rates",
         "",
-        f"On held-out prompts, with 95 % intervals. The evaluator is `{judges['evaluator']}`, the annotator that "
-        f"trains `{judges['annotator']}`.",
+        f"On held-out prompts, with 95 % intervals. The evaluator is `{story.config.get('evaluator') or annotator}`, "
+        f"the annotator that trains `{annotator}`.",
         "",
-        "| step | against the start, evaluator | against the start, annotator "
-        "| against the evaluation before, evaluator | characters | log pi/pi(0) a token |",
+        "| " + " | ".join(WIN_RATES) + " |",
         "|---:|---|---|---|---:|---:|",
         *lines,
     ])  # fmt: skip
-
-
-def _rate(found: dict[str, Any]) -> str:
-    if found["rate"] is None:
-        return f"none ({found['abstained']} abstained)"
-    value, low, high = found["rate"]
-    abstained = f", {found['abstained']} abstained" if found["abstained"] else ""
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]{abstained}"
-
-
-def _readings(story: Story) -> str:
-    """Plain words where a known pattern shows, with the models that show it."""
-    looked = [(round.label, round.checkup) for round in story.rounds if round.checkup]
-    patterns = [
-        (
-            [label for label, c in looked if (c.rejected_change or 0) < (c.chosen_change or 0) < 0],
-            "chosen and rejected both became less likely, rejected more so. DPO trains the difference, so this is "
-            "expected; where the fall of chosen is large, train for fewer steps or raise beta.",
-        ),
-        (
-            [label for label, c in looked if label != "start" and c.accuracy and c.accuracy[1] <= 0.5 <= c.accuracy[2]],
-            "the interval of the held-out accuracy contains 1/2, so with these held-out pairs the implicit reward "
-            "cannot be told from a coin; more held-out pairs or more training would say more.",
-        ),
-        (
-            [label for label, c in looked if c.finished is not None and c.finished < 0.7],
-            "over 30 % of the answers hit the limit of new tokens; DICE makes no pairs of those, OAIF trains on them "
-            "without an end (--on-unfinished says otherwise): raise sampling.max_new_tokens.",
-        ),
-    ]
-    lines = [f"- {', '.join(labels)}: {text}" for labels, text in patterns if labels]
-    return "\n".join(["## What it means", "", *lines]) if lines else ""
-
-
-def _text(prompt: Prompt) -> str:
-    if len(prompt.messages) == 1:
-        return prompt.messages[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
 
 
 def _quoted(text: str) -> str:
@@ -127,7 +80,7 @@ def _before_and_after(rounds: list[Round], shown: int) -> str:
         return ""
     parts = ["## Before and after", "Held-out prompts, the same seed for every model."]
     for position, group in enumerate(answered[0].answers[:shown]):
-        parts.append(f"### {position + 1}\n\n{_quoted(_text(group.prompt))}")
+        parts.append(f"### {position + 1}\n\n{_quoted(prompt_text(group.prompt))}")
         for round in (answered[0], answered[-1]):
             response = round.answers[position].responses[0]
             cut = "" if response.finish_reason == "stop" else ", cut at the limit"
@@ -157,7 +110,13 @@ def _figures(story: Story) -> str:
 
 def _time(story: Story) -> str:
     entries: list[tuple[str, dict[str, Any]]] = list(story.stages.items())
-    total = sum(entry["seconds"] for _, entry in entries)
     lines = [f"| {name} | {entry['seconds']:.1f} |" for name, entry in entries if entry["seconds"] >= 0.1]
-    table = ["## Time", "", "| stage | seconds |", "|---|---:|", *lines, f"| **all stages** | **{total:.1f}** |"]
+    table = [
+        "## Time",
+        "",
+        "| stage | seconds |",
+        "|---|---:|",
+        *lines,
+        f"| **all stages** | **{story.seconds:.1f}** |",
+    ]
     return "\n".join(table)

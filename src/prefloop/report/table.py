@@ -1,6 +1,7 @@
 """The table of a run: a column per model, the same figures in the terminal, the report and the model card."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -43,6 +44,11 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         "mean characters of own answers to held-out prompts",
         lambda r: _of(r, lambda c: _number(c.length_chars and c.length_chars[0], "{:.0f}")),
     ),
+    (
+        "finished",
+        "share of these answers that ended before the limit of new tokens",
+        lambda r: _of(r, lambda c: _number(c.finished, "{:.2f}")),
+    ),
     ("chosen", "change of the summed log-probability of held-out chosen responses since the start model, in nats",
      lambda r: _of(r, lambda c: _number(c.chosen_change))),
     ("rejected", "the same for rejected responses", lambda r: _of(r, lambda c: _number(c.rejected_change))),
@@ -51,20 +57,66 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         "mean log pi - log pi_start a token of own answers, in nats, as they were sampled; the start is pi(-1)",
         lambda r: _of(r, lambda c: _number(c.kl_per_token and c.kl_per_token[0], "{:.4f}")),
     ),
+    (
+        "win rate",
+        "share of held-out prompts on which the evaluator prefers it to the start, at the last evaluation",
+        lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"]) if r.evaluations else "-",
+    ),
 ]  # fmt: skip
 
 
 def cells(rounds: Sequence[Round]) -> list[list[str]]:
-    """One row per figure: its name, and its value for every model."""
-    return [[name, *(read(round) for round in rounds)] for name, _, read in FIGURES]
+    """One row per figure that any of the models has: its name, and its value for every model."""
+    rows = [[name, *(read(round) for round in rounds)] for name, _, read in FIGURES]
+    return [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def meanings(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """What the figures of these rows mean: (name, meaning)."""
+    shown = {row[0] for row in rows}
+    return [(name, meaning) for name, meaning, _ in FIGURES if name in shown]
 
 
 def markdown_table(story: Story) -> str:
     """The table in Markdown, with what each figure means below it."""
     lines = ["| | " + " | ".join(round.label for round in story.rounds) + " |", "|---|" + "---:|" * len(story.rounds)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(story.rounds)]
-    legend = [f"- **{name}**: {meaning}" for name, meaning, _ in FIGURES]
+    rows = cells(story.rounds)
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    legend = [f"- **{name}**: {meaning}" for name, meaning in meanings(rows)]
     return "\n".join([*lines, "", *legend])
+
+
+WIN_RATES = (
+    "step",
+    "against the start, evaluator",
+    "against the start, annotator",
+    "against the evaluation before, evaluator",
+    "characters",
+    "log pi/pi(0) a token",
+)
+
+
+def win_rates(story: Story) -> list[list[str]]:
+    """The evaluations of an online method, a row each, under the headings `WIN_RATES`."""
+    return [
+        [
+            str(step),
+            _rate(found["against_start"]),
+            _rate(found["against_start_by_the_annotator"]),
+            _rate(found["against_previous"]),
+            f"{found['length_chars'][0]:.0f}",
+            f"{found['log_ratio_per_token'][0]:.4f}",
+        ]
+        for round in story.rounds
+        for step, found in round.evaluations
+    ]
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if found["rate"] is None:
+        return f"none ({found['abstained']} abstained)"
+    abstained = f", {found['abstained']} abstained" if found["abstained"] else ""
+    return _interval(found["rate"]) + abstained
 
 
 def terminal_table(story: Story) -> Table:
