@@ -51,7 +51,7 @@ def test_files_against_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found.win_rate.length_controlled is not None
     assert json.loads((out / "ours" / "model_outputs.json").read_text())[2]["output"] == "b"
     shown = capsys.readouterr().out
-    assert percent(overall.rate) in shown and "2, 1, 1" in shown and "at equal length" in shown
+    assert percent(overall.rate) in shown and "2-1-1" in shown and "at equal length" in shown
     assert main(command) == 0
     assert "judgements: done before, reused" in capsys.readouterr().err
 

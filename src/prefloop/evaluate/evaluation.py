@@ -268,21 +268,20 @@ def tables(report: Report) -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i == 1)
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     return table
 
 
 def _win_rate_table(report: Report, found: HeadToHead) -> Table:
-    table = _table(
-        f"{report.policy} against {report.against}, judged by {report.annotator}",
-        "", "win rate, %", "won, lost, tied", "abstained", "sign test", "prompts needed",
-    )  # fmt: skip
+    title = f"{report.policy} against {report.against}, judged by {report.annotator}"
+    table = _table(title, "", "win rate, %", "won-lost-tied", "sign test", "needed")
     rows: list[tuple[str, WinRate]] = [("all", found.overall), *found.categories.items()]
     for name, part in rows:
         test = "-" if part.sign_test is None else f"{part.sign_test:.2g}"
-        counts = f"{part.wins}, {part.losses}, {part.ties}", str(part.abstained)
-        table.add_row(name, percent(part.rate), *counts, test, str(part.prompts_needed or "-"))
+        counts = f"{part.wins}-{part.losses}-{part.ties}"
+        table.add_row(name, percent(part.rate), counts, test, str(part.prompts_needed or "-"))
     table.add_row("at equal length", percent(found.length_controlled))
+    table.add_row("abstained", f"{found.overall.abstained} of {report.prompts}")
     if found.length_chars:
         table.add_row("characters", "{:.0f} and {:.0f}".format(*found.length_chars))
     return table
