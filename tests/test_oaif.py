@@ -430,7 +430,7 @@ class Slots(Fixed):
 
 def test_what_a_judge_with_slots_follows_is_counted() -> None:
     groups = [question(text, "x") for text in "abcd"]
-    assert preferences(groups, Slots({}), OaifConfig())[1] == {
+    assert counts_of(preferences(groups, Slots({}), OaifConfig())[1]) == {
         "identical": 0, "unfinished": 0, "consistent": 1, "first_slot": 1, "second_slot": 1, "tie": 0, "abstained": 0,
         "pairs": 4,
     }  # fmt: skip
