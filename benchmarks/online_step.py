@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from shapes import SHAPES, shaped
-from turns import Side, report, timed, turns_of_trainer
+from turns import Side, report, timed, trainer_options, turns_of_trainer
 
 LEARNING_RATE = 1e-6
 BETA = 0.1
@@ -156,17 +156,8 @@ def trl(job: Job, turn: Connection) -> None:
             temperature=TEMPERATURE,
             beta=[BETA],
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
             max_grad_norm=1.0,
-            num_train_epochs=1,
-            bf16=job.dtype == "bfloat16",
-            use_cpu=job.device == "cpu",
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
+            **trainer_options(job.dtype, job.device),
         )
         trainer = OnlineDPOTrainer(
             model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),

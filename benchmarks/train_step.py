@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from shapes import SHAPES, shaped
-from turns import Side, report, timed, turns_of_trainer
+from turns import Side, report, timed, trainer_options, turns_of_trainer
 
 NAMES = ("multi_turn", "long_prompt", "short_prompt")
 BATCH = 4
@@ -162,19 +162,10 @@ def trl(job: Job, turn: Connection) -> None:
             gradient_checkpointing=False,
             max_length=None,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
             max_grad_norm=1.0,
             weight_decay=0.0,
             beta=BETA,
-            num_train_epochs=1,
-            bf16=job.dtype == "bfloat16",
-            use_cpu=job.device == "cpu",
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
+            **trainer_options(job.dtype, job.device),
         )
         trainer = OnIds(
             model=model, args=config, train_dataset=data, processing_class=tokenizer,

@@ -19,6 +19,22 @@ def timed(turn: Connection, work: Callable[[], Any]) -> None:
     turn.send((time.perf_counter() - start, result))
 
 
+def trainer_options(dtype: str, device: str) -> dict[str, Any]:
+    """Of a transformers `Trainer` that takes turns: one epoch in the data's order, a log line a step, nothing else."""
+    return {
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+        "bf16": dtype == "bfloat16",
+        "use_cpu": device == "cpu",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
 def turns_of_trainer(turn: Connection) -> Any:
     """A callback for a transformers `Trainer` that logs every step: it hands the turn back after each.
 

@@ -109,17 +109,6 @@ class Side:
         return cls(name, model=ModelRef.of(path / "model", name), start=read_yaml(path / "config.yaml").get("policy"))
 
 
-@dataclass(frozen=True)
-class Judge:
-    """An annotator as the input of a stage: its judgements are the same when its identity is."""
-
-    annotator: Annotator
-
-    @property
-    def fingerprint(self) -> str:
-        return self.annotator.identity
-
-
 def run_eval(options: EvalOptions) -> None:
     """`prefloop eval`: run, write OUT/eval.json, and show it."""
     needed(options, "policy")
@@ -143,7 +132,7 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
     theirs = other_side(options.against, ours) if options.against else None
     reference = reference_of(options, ours, theirs)
     questions = questions_of(options, ours, theirs)
-    judge = Judge(load_annotator(options.annotator, options.feedback, compute=options.compute)) if theirs else None
+    judge = load_annotator(options.annotator, options.feedback, compute=options.compute) if theirs else None
     parts: dict[str, object] = {"policy": ours.name}
     if options.pairs:
         if ours.model is None or reference is None:
@@ -162,7 +151,7 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
             others, _ = answers_of(run, "theirs", theirs, questions, options)
             judgements = run.stage("judgements", judgements_of, own, others, judge)
             parts["win_rate"] = head_to_head(comparisons(own, others), judgements, seed=options.seed)
-            parts |= {"against": theirs.name, "annotator": judge.annotator.name}
+            parts |= {"against": theirs.name, "annotator": judge.name}
     return Report.model_validate(parts)
 
 
@@ -239,15 +228,15 @@ def comparisons(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[Co
 
 
 def judgements_of(
-    ours: Sequence[Answered], theirs: Sequence[Answered], judge: Judge, *, stage: Stage
+    ours: Sequence[Answered], theirs: Sequence[Answered], annotator: Annotator, *, stage: Stage
 ) -> list[Judgement]:
     """Stage: one judgement a question. Raises InputError where more than half are abstentions."""
-    judgements = ask(comparisons(ours, theirs), judge.annotator, stage=stage)
+    judgements = ask(comparisons(ours, theirs), annotator, stage=stage)
     reasons = [judgement.reason for judgement in judgements if judgement.reason]
     if 2 * len(reasons) > len(judgements):
         often = max(set(reasons), key=reasons.count)
         raise InputError(
-            f"{judge.annotator.name} abstained on {len(reasons)} of {len(judgements)} comparisons, mostly: {often}; "
+            f"{annotator.name} abstained on {len(reasons)} of {len(judgements)} comparisons, mostly: {often}; "
             "a win rate of the rest would mislead; use another --annotator, or other prompts"
         )
     return judgements

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from prefloop.config import Config, free
-from prefloop.sample.options import variable_name
+from prefloop.sample.options import KeyVariable
 
 AnnotatorName = Annotated[
     str,
@@ -38,7 +38,9 @@ class Feedback(Config):
         "'{\"seed\": null}'",
     )
     base_url: str = free(default="", description="of the server of api:MODEL, such as http://127.0.0.1:8000/v1")
-    api_key_env: str = free(default="OPENAI_API_KEY", description="environment variable with the key to the server")
+    api_key_env: KeyVariable = free(
+        default="OPENAI_API_KEY", description="environment variable with the key to the server"
+    )
     concurrency: int = free(default=16, ge=1, description="requests to the server that are open at once")
     timeout: float = free(default=60.0, gt=0, description="seconds a request may wait for the next part of its answer")
     prices: str = free(
@@ -60,11 +62,6 @@ class Feedback(Config):
     def _no_secret_in_the_address(cls, url: str) -> str:
         """Here, because what passes is written into the run's configuration; what is refused is not shown."""
         return without_secret(url, "base_url")
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_variable_and_not_the_key(cls, name: str) -> str:
-        return variable_name(name)
 
     @field_validator("request")
     @classmethod

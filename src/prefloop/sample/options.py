@@ -5,7 +5,7 @@ import shlex
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from prefloop.config import Config, free
 
@@ -18,6 +18,20 @@ EngineName = Annotated[
 ]
 
 
+def _variable_name(name: str) -> str:
+    """The name; ValueError, which does not show it, for what can be no name: it may be the key itself."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ValueError(
+            "api_key_env is not the name of an environment variable (it is not shown, in case it is the key); put the "
+            "key into a variable, such as OPENAI_API_KEY, and give that name"
+        )
+    return name
+
+
+KeyVariable = Annotated[str, AfterValidator(_variable_name)]
+"""The name of an environment variable that holds a key, and never the key."""
+
+
 class Server(Config):
     """The server that `--engine server` or `--engine vllm` samples from."""
 
@@ -26,7 +40,7 @@ class Server(Config):
         description="of a running server, such as http://127.0.0.1:8000/v1; when empty, --engine vllm starts its own",
     )
     model: str = Field(default="", description="the name it serves the model under; its only model when empty")
-    api_key_env: str = free(
+    api_key_env: KeyVariable = free(
         default="OPENAI_API_KEY", description="environment variable with the key, where the server wants one"
     )
     concurrency: int = free(default=64, ge=1, description="requests that are open at once")
@@ -56,11 +70,6 @@ class Server(Config):
             raise ValueError(f"server.url = {url!r}: expected http://HOST:PORT/v1 or https://HOST/v1")
         return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
 
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_variable_and_not_the_key(cls, name: str) -> str:
-        return variable_name(name)
-
     @field_validator("args")
     @classmethod
     def _args_can_be_split(cls, args: str) -> str:
@@ -69,13 +78,3 @@ class Server(Config):
         except ValueError as error:
             raise ValueError(f"server.args = {args!r}: {str(error).lower()}; quote as in a shell") from None
         return args
-
-
-def variable_name(name: str) -> str:
-    """The name; ValueError, which does not show it, for what can be no name: it may be the key itself."""
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise ValueError(
-            "api_key_env is not the name of an environment variable (it is not shown, in case it is the key); put the "
-            "key into a variable, such as OPENAI_API_KEY, and give that name"
-        )
-    return name
