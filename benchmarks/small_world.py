@@ -2,7 +2,7 @@
 
 Its world is a made-up one of forty things, each with a place, a look, a use and something it goes with. It is asked
 about one, two or three of them, and answers with sentences about them. As real models do, it says a little or a lot,
-drifts off to something else, and repeats itself: it can be made better by choosing among its answers. Trained for two
+drifts off to something else, and repeats itself: it can be made better by choosing among its answers. Trained for four
 minutes on one core, by next-token prediction on answers drawn from `conversation`.
 """
 
