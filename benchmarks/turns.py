@@ -66,7 +66,8 @@ class Side:
     def __init__(self, target: Callable[[Any, Connection], None], job: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.turn, theirs = context.Pipe()
-        self.process = context.Process(target=target, args=(job, theirs))
+        # With the program, not after it: a side that waits for its turn would keep a failed program alive.
+        self.process = context.Process(target=target, args=(job, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.why = self.turn.recv()[1]

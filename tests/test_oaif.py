@@ -345,8 +345,8 @@ def test_offline_a_prompt_has_one_pair_of_answers(cfg: OaifConfig, tmp_path: Pat
         rows = [json.loads(line) for line in (run / "round-1/model/feedback.jsonl").read_text().splitlines()]
         answers: dict[str, set[tuple[str, str]]] = {}
         for row in rows:
-            answers.setdefault(row["prompt"], set()).add((row["a"], row["b"]))
-        twice = [prompt for prompt in answers if sum(row["prompt"] == prompt for row in rows) > 1]
+            answers.setdefault(row["prompt"]["id"], set()).add((row["a"], row["b"]))
+        twice = [prompt for prompt in answers if sum(row["prompt"]["id"] == prompt for row in rows) > 1]
         assert twice and all((len(answers[prompt]) == 1) == offline for prompt in twice)
 
 

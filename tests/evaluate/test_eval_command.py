@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefloop.cli import main
-from prefloop.evaluate.evaluation import Report, percent
+from prefloop.evaluate.figures import Report, percent
 from prefloop.run import HEADER
 from tests.tiny import save_tiny_model
 

@@ -57,6 +57,7 @@ def evaluation(
 
     return {
         "against_start": around(rate),
+        "at_equal_length": around(rate - 0.1)["rate"],
         "against_start_by_the_annotator": around(annotators),
         "against_previous": around(0.5),
         "length_chars": [100.0, 90.0, 110.0],

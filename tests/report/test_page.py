@@ -120,9 +120,47 @@ def test_answers_of_an_online_run_come_with_who_was_preferred(tmp_path: Path) ->
     assert (used["calls"], used["money"], used["faults"]) == (8, 1.0, {"timeout": 3})
     (part,) = page_of([told]).runs
     assert ("fault: timeout", "3") in part.judge and ("money", "1") in part.judge
-    assert part.win_rates.rows[0][:3] == ("2", "0.70 [0.60, 0.80]", "0.90 [0.80, 1.00]")
+    assert part.win_rates.rows[0][:4] == ("2", "0.70 [0.60, 0.80]", "0.60 [0.50, 0.70]", "0.90 [0.80, 1.00]")
     charts = {chart.title: chart for _, group in page_of([told]).charts for chart in group}
-    assert [s.points for s in charts["Win rate against drift"].series] == [[(0.1, 0.7)], [(0.1, 0.9)]]
+    assert [s.points for s in charts["Win rate against drift"].series] == [[(0.1, 0.7)], [(0.1, 0.6)], [(0.1, 0.9)]]
+
+
+def test_questions_of_an_online_run_that_became_pairs_are_in_the_browser(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "online", recipe="oaif", training={"round-1": steps(2, loss=0.5)})
+    question = {"step": 1, "prompt": {"id": "p1", "messages": [{"role": "user", "content": "Why?"}]}}
+    rows = [
+        {**question, "a": "first", "b": "second", "p": 0.2, "outcome": "pair"},
+        {**question, "a": "same", "b": "same", "p": 0.5, "outcome": "identical"},
+    ]
+    (folder / "round-1/model/feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = samples([read_story(folder)])
+    assert found["pairs"] == [[0, "round-1", 0, "second", "first", None, None, 0.8, 1]]
+    assert found["prompts"] == [["Why?", ""]] and found["files"] == {"0 round-1": "round-1/model/feedback.jsonl"}
+
+
+def test_an_evaluation_is_a_page_of_its_own_and_beside_runs(run: Path, tmp_path: Path) -> None:
+    for name, texts in (("ours", ["long one", "b"]), ("theirs", ["short", "brief"])):
+        rows = [{"instruction": f"Question {i}?", "output": text} for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    out = tmp_path / "eval"
+    assert main(["eval", "--policy", str(tmp_path / "ours.json"), "--against", str(tmp_path / "theirs.json"),
+                 "--annotator", "rule:long", "--out", str(out)]) == 0  # fmt: skip
+    assert (out / "report.html").is_file()
+    page = page_of([read_story(out)])
+    (part,) = page.runs
+    ((title, table),) = part.evaluation
+    assert "judged by rule:long" in title and table.rows[0][:3] == ("all", "50.0 [0.0, 100.0]", "1-1-0")
+    assert "wins 50.0 [0.0, 100.0] % against" in part.summary and "at equal length" in part.summary
+    assert page.samples["answers"] == [
+        [0, 0, [["short", 0, None], ["long one", 0, 1.0]]],
+        [0, 1, [["brief", 0, None], ["b", 0, 0.0]]],
+    ]
+    both = page_of([read_story(run), read_story(out)])
+    assert both.final is not None and both.final.head == ("", "mine")
+    assert "judged by rule:long" in render(both)
+    (out / "eval.json").unlink()
+    with pytest.raises(InputError, match="this evaluation has not ended"):
+        read_story(out)
 
 
 def test_samples_beyond_the_budget_are_left_out_evenly(tmp_path: Path) -> None:

@@ -23,16 +23,19 @@ from prefloop.commands import needed
 from prefloop.config import Config, read_yaml
 from prefloop.data.answers import Answered, Question, files_of, read_answers, read_questions
 from prefloop.errors import InputError
-from prefloop.evaluate.drift import Drift, drift
-from prefloop.evaluate.implicit_pairs import ImplicitPairs, implicit_pairs
-from prefloop.evaluate.win_rate import HeadToHead, WinRate, head_to_head
+from prefloop.evaluate.drift import drift
+from prefloop.evaluate.figures import COMPARED, FIGURES, Figures, Report, figures_of
+from prefloop.evaluate.implicit_pairs import implicit_pairs
+from prefloop.evaluate.win_rate import head_to_head
 from prefloop.feedback.annotator import Annotator, Comparison, Judgement
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.feedback.registry import load_annotator
 from prefloop.feedback.stage import ask
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.steps import load, some, tokenise
-from prefloop.records import Group, Record
+from prefloop.records import Group
+from prefloop.report.page import REPORT, write_page
+from prefloop.report.story import read_story
 from prefloop.run import Run, Stage, recipe_of
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -44,7 +47,7 @@ START = "start"
 
 
 class EvalOptions(Config):
-    """Win rate, implicit reward and drift of a model or a file of answers, with intervals, as OUT/eval.json."""
+    """Win rate, implicit reward and drift of a model or a file of answers, with intervals: eval.json, report.html."""
 
     policy: str = Field(default="", description="what is evaluated: a model, a run folder, or a file of answers")
     against: str = Field(default="", description="the other side: the same, or `start`, what the run began with")
@@ -66,18 +69,6 @@ class EvalOptions(Config):
     feedback: Feedback = Field(default_factory=Feedback)
     compute: Compute = Field(default_factory=Compute)
     out: str = Field(default="runs/eval", description="the folder to work in; the same command continues it")
-
-
-class Report(Record):
-    """What `eval.json` holds; a part that was not asked for is left out."""
-
-    policy: str
-    against: str | None = None
-    annotator: str | None = None
-    prompts: int | None = None
-    win_rate: HeadToHead | None = None
-    implicit_reward: ImplicitPairs | None = None
-    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
@@ -119,11 +110,11 @@ def run_eval(options: EvalOptions) -> None:
     out = Path(options.out)
     with Run.open(out, recipe="eval", config=options, console=Console(stderr=True)) as run:
         report = evaluate(options, run)
-        write_atomically(out / "eval.json", json.dumps(json.loads(report.to_json()), indent=1) + "\n")
+        write_atomically(out / FIGURES, json.dumps(json.loads(report.to_json()), indent=1) + "\n")
     console = Console()
-    for table in tables(report):
-        console.print(table)
-    print(f"figures {out / 'eval.json'}")
+    for figures in figures_of(report):
+        console.print(table_of(figures))
+    print(f"figures {out / FIGURES}\nreport  {write_page([read_story(out)], out / REPORT)}")
 
 
 def evaluate(options: EvalOptions, run: Run) -> Report:
@@ -150,7 +141,10 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
         if theirs and judge:
             others, _ = answers_of(run, "theirs", theirs, questions, options)
             judgements = run.stage("judgements", judgements_of, own, others, judge)
-            parts["win_rate"] = head_to_head(comparisons(own, others), judgements, seed=options.seed)
+            compared = comparisons(own, others)
+            groups = [Group(prompt=c.prompt, responses=(c.a, c.b)) for c in compared]
+            write_atomically(run.path / COMPARED, "".join(group.to_json() + "\n" for group in groups))
+            parts["win_rate"] = head_to_head(compared, judgements, seed=options.seed)
             parts |= {"against": theirs.name, "annotator": judge.name}
     return Report.model_validate(parts)
 
@@ -242,68 +236,11 @@ def judgements_of(
     return judgements
 
 
-def tables(report: Report) -> list[Table]:
+def table_of(figures: Figures) -> Table:
     """What the terminal shows."""
-    found = []
-    if report.win_rate:
-        found.append(_win_rate_table(report, report.win_rate))
-    if report.implicit_reward:
-        found.append(_pairs_table(report.implicit_reward))
-    if report.drift:
-        found.append(_drift_table(report.drift))
-    return found
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
+    table = Table(title=figures.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(figures.head):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in figures.rows:
+        table.add_row(*row)
     return table
-
-
-def _win_rate_table(report: Report, found: HeadToHead) -> Table:
-    title = f"{report.policy} against {report.against}, judged by {report.annotator}"
-    table = _table(title, "", "win rate, %", "won-lost-tied", "sign test", "needed")
-    rows: list[tuple[str, WinRate]] = [("all", found.overall), *found.categories.items()]
-    for name, part in rows:
-        test = "-" if part.sign_test is None else f"{part.sign_test:.2g}"
-        counts = f"{part.wins}-{part.losses}-{part.ties}"
-        table.add_row(name, percent(part.rate), counts, test, str(part.prompts_needed or "-"))
-    table.add_row("at equal length", percent(found.length_controlled))
-    table.add_row("abstained", f"{found.overall.abstained} of {report.prompts}")
-    if found.length_chars:
-        table.add_row("characters", "{:.0f} and {:.0f}".format(*found.length_chars))
-    return table
-
-
-def _pairs_table(found: ImplicitPairs) -> Table:
-    table = _table(f"implicit reward, beta = {found.beta:g}", "", "pairs", "accuracy, %", "margin")
-    for name, part in [("all", found.overall), *found.categories.items()]:
-        table.add_row(name, str(part.pairs), percent(part.accuracy), interval(part.margin))
-    for name, score in (found.rewardbench or {}).items():
-        table.add_row(f"RewardBench {name}", "", f"{100 * score:.1f}")
-    table.add_row("calibration error", "", f"{100 * found.calibration_error:.1f}", f"Brier score {found.brier:.3f}")
-    table.add_row("chosen, change a token", "", "", interval(found.chosen_change))
-    table.add_row("rejected, change a token", "", "", interval(found.rejected_change))
-    return table
-
-
-def _drift_table(found: Drift) -> Table:
-    table = _table("drift, on own answers", "", "value")
-    table.add_row("KL a token, nats", interval(found.kl_per_token))
-    table.add_row("entropy a token, nats", interval(found.entropy))
-    if found.reference_entropy is not None:
-        table.add_row("entropy of the reference", f"{found.reference_entropy:.3f}")
-    table.add_row("tokens", interval(found.length_tokens, "{:.1f}"))
-    table.add_row("finished, %", f"{100 * found.finished:.1f}")
-    table.add_row("repeated, %", percent(found.repetition))
-    table.add_row("distinct words, pairs of words", f"{found.distinct_1:.3f}, {found.distinct_2:.3f}")
-    return table
-
-
-def interval(value: tuple[float, float, float] | None, pattern: str = "{:.3f}") -> str:
-    return "-" if value is None else f"{pattern} [{pattern}, {pattern}]".format(*value)
-
-
-def percent(value: tuple[float, float, float] | None) -> str:
-    return interval(None if value is None else (100 * value[0], 100 * value[1], 100 * value[2]), "{:.1f}")

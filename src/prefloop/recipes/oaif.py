@@ -461,7 +461,7 @@ class FeedbackRecords:
         rows = [
             {
                 "step": step + 1,
-                "prompt": question.prompt.id,
+                "prompt": question.prompt.model_dump(exclude_none=True),
                 "a": question.a.text,
                 "b": question.b.text,
                 **judgement.model_dump(exclude_none=True),
@@ -494,7 +494,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Own answers to the held-out prompts against those of the start model and of the evaluation before."""
     from prefloop.evaluate.reward_accuracy import mean_interval
-    from prefloop.evaluate.win_rate import comparisons_of, win_rate
+    from prefloop.evaluate.win_rate import comparisons_of, head_to_head, win_rate
     from prefloop.records import Group
 
     prompts = [group.prompt for group in before]
@@ -507,8 +507,10 @@ def evaluate(
     decided = [(a > 0.5, b > 0.5) for a, b in both if 0.5 not in (a, b)]
     drift, gap = online.drift(now)
     responses = [group.responses[0] for group in now]
+    found = head_to_head(questions, judged, seed=0)
     return {
-        "against_start": win_rate(judged).model_dump(),
+        "against_start": found.overall.model_dump(),
+        "at_equal_length": found.length_controlled,
         "against_start_by_the_annotator": win_rate(trained).model_dump(),
         "against_previous": win_rate(judges.evaluator.judge(comparisons_of(now, previous))).model_dump(),
         "agreement": sum(a == b for a, b in decided) / len(decided) if decided else None,

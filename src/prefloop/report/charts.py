@@ -22,7 +22,7 @@ Point = tuple[float, float]
 class Series:
     """One line or row of dots. `intervals`: [low, high] of every point, drawn as whiskers. `notes`: what hovering says.
 
-    line: "solid", "dashed", "steps" (a value holds until the next point) or "none" (dots alone).
+    line: "solid", "dashed", "dotted", "steps" (a value holds until the next point) or "none" (dots alone).
     legend: False for a series that the caption explains, and whose colour is another's.
     """
 
@@ -199,4 +199,4 @@ def _series(series: Series, places: Sequence[Point], at_y: Callable[[float], flo
 
 
 def _line_class(series: Series) -> str:
-    return "line dashed" if series.line == "dashed" else "line"
+    return f"line {series.line}" if series.line in ("dashed", "dotted") else "line"

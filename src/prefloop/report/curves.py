@@ -112,15 +112,20 @@ def _frontier(stories: Sequence[Story]) -> list[Chart]:
 
 
 def _win_rates(stories: Sequence[Story]) -> list[Chart]:
-    """Win rates against the start by step and by drift, under the evaluator and under the annotator that trains."""
+    """Win rates against the start by step and by drift, under the evaluator, at equal length too, and under the
+    annotator that trains.
+    """
     by_step, by_drift = [], []
     for i, story in enumerate(stories):
         rows = [row for r in story.rounds for row in r.evaluations]
-        judges = [("evaluator", "against_start", "solid")]
+        judges: list[tuple[str, Callable[[dict[str, Any]], Interval | None], str]] = [
+            ("evaluator", lambda row: row["against_start"]["rate"], "solid"),
+            ("evaluator, at equal length", lambda row: row.get("at_equal_length"), "dotted"),
+        ]
         if story.config.get("evaluator") not in (None, "", story.config.get("annotator")):
-            judges.append(("annotator", "against_start_by_the_annotator", "dashed"))
-        for judge, name, line in judges:
-            known = [(step, row["log_ratio_per_token"][0], row[name]["rate"]) for step, row in rows]
+            judges.append(("annotator", lambda row: row["against_start_by_the_annotator"]["rate"], "dashed"))
+        for judge, rate_in, line in judges:
+            known = [(step, row["log_ratio_per_token"][0], rate_in(row)) for step, row in rows]
             known = [(step, drift, rate) for step, drift, rate in known if rate]
             if not known:
                 continue
@@ -143,8 +148,9 @@ def _win_rates(stories: Sequence[Story]) -> list[Chart]:
             "Win rate against the start",
             "step",
             "share of held-out prompts",
-            "Solid: by the evaluator, dashed: by the annotator that trains. Where the second rises and the first "
-            "falls, the model learns the annotator's taste.",
+            "Solid: by the evaluator, dotted: the same at equal length, dashed: by the annotator that trains. Where "
+            "the last rises and the first falls, the model learns the annotator's taste; where the dotted one stays "
+            "behind, it learns length.",
             by_step,
             level=0.5,
         ),

@@ -64,7 +64,7 @@ def _win_rates(story: Story) -> str:
         f"the annotator that trains `{annotator}`.",
         "",
         "| " + " | ".join(WIN_RATES) + " |",
-        "|---:|---|---|---|---:|---:|",
+        "|---:|---|---|---|---|---:|---:|",
         *lines,
     ])  # fmt: skip
 

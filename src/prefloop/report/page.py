@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from prefloop.atomic import write_atomically
+from prefloop.evaluate.figures import Figures, Report, figures_of, percent
 from prefloop.report.charts import Chart, draw, key, number
 from prefloop.report.curves import charts
 from prefloop.report.readings import Reading, judge_counts, read, slot_share
@@ -38,11 +39,12 @@ class Table:
 
 @dataclass(frozen=True)
 class RunPart:
-    """What a page says of one run."""
+    """What a page says of one run. evaluation: (title, table) of what `prefloop eval` measured."""
 
     name: str
     summary: str
     readings: list[Reading]
+    evaluation: list[tuple[str, Table]]
     figures: Table
     win_rates: Table
     judge: list[Row]
@@ -75,12 +77,13 @@ def write_page(stories: Sequence[Story], path: Path) -> Path:
 def page_of(stories: Sequence[Story]) -> Page:
     """What is on the page of one run, or of several side by side."""
     several = len(stories) > 1
-    last = cells([story.rounds[-1] for story in stories if story.rounds])
+    trained = [story for story in stories if story.rounds and not story.evaluation]
+    last = cells([story.rounds[-1] for story in trained])
     return Page(
         title=f"{len(stories)} runs side by side" if several else f"{stories[0].recipe}: {stories[0].name}",
         runs=[_part(story) for story in stories],
-        final=Table(("", *(story.name for story in stories if story.rounds)), [tuple(row) for row in last])
-        if several
+        final=Table(("", *(story.name for story in trained)), [tuple(row) for row in last])
+        if several and last
         else None,
         meanings=[*meanings([row for story in stories for row in cells(story.rounds)])],
         charts=charts(stories),
@@ -122,6 +125,7 @@ def _part(story: Story) -> RunPart:
         name=story.name,
         summary=_summary(story),
         readings=read(story),
+        evaluation=[(found.title, Table(found.head, found.rows)) for found in _evaluation(story)],
         figures=Table(("", *(round.label for round in story.rounds)), figures),
         win_rates=Table(WIN_RATES, [tuple(row) for row in win_rates(story)], text=0),
         judge=_judge(story),
@@ -131,8 +135,14 @@ def _part(story: Story) -> RunPart:
     )
 
 
+def _evaluation(story: Story) -> list[Figures]:
+    return figures_of(story.evaluation) if story.evaluation else []
+
+
 def _summary(story: Story) -> str:
     """One sentence: what was done to which model, and what came out."""
+    if story.evaluation:
+        return _summary_of_evaluation(story.evaluation, story.seconds)
     source = story.config.get("pairs") or story.config.get("prompts") or "no data named"
     rounds = [round for round in story.rounds if round.training]
     said = [
@@ -149,6 +159,18 @@ def _summary(story: Story) -> str:
     if last and last.kl_per_token:
         said.append(f"drift {last.kl_per_token[0]:.3f} nats a token")
     return "; ".join([*said, _duration(story.seconds)]) + "."
+
+
+def _summary_of_evaluation(found: Report, seconds: float) -> str:
+    said = [f"evaluation of {found.policy}"]
+    if found.win_rate:
+        rate, even = percent(found.win_rate.overall.rate), percent(found.win_rate.length_controlled)
+        said.append(f"wins {rate} % against {found.against}, judged by {found.annotator}; {even} % at equal length")
+    if found.implicit_reward:
+        said.append(f"ranks {percent(found.implicit_reward.overall.accuracy)} % of the held-out pairs as labelled")
+    if found.drift and found.drift.kl_per_token:
+        said.append(f"drift {found.drift.kl_per_token[0]:.3f} nats a token")
+    return "; ".join([*said, _duration(seconds)]) + "."
 
 
 def _plural(n: int, word: str) -> str:

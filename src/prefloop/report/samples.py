@@ -16,7 +16,8 @@ BUDGET = 13_500_000
 ANSWER = ("run", "prompt", "answers")
 """Of a row of `answers`; answers: for every model of the run, in order, [text, cut, p] or null.
 
-cut: 1 for an answer that hit the limit of new tokens. p: P(preferred over the start's answer), null where unknown.
+cut: 1 for an answer that hit the limit of new tokens. p: P(preferred over the answer of the start, or of the other
+side of an evaluation), null where unknown.
 """
 PAIR = ("run", "round", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "p", "source")
 """Of a row of `pairs`; source: 0 offline, 1 generated. Scores are null where none was computed."""
@@ -79,7 +80,9 @@ def _judged(story: Story) -> str:
 
 def _answers(story: Story, run: int) -> list[list[Any]]:
     """A row a prompt, with every model's answer to it."""
-    columns = [[(group, None) for group in r.answers] for r in story.rounds if r.answers]
+    columns = [
+        list(zip(r.answers, r.preferred or [None] * len(r.answers), strict=True)) for r in story.rounds if r.answers
+    ]
     for r in story.rounds:
         for _, found in r.evaluations:
             groups = [Group.model_validate(group) for group in found["answers"]]

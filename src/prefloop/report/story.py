@@ -6,6 +6,7 @@ which may be many, are read when they are asked for: `training_pairs`.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,31 @@ from typing import Any
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import Checkup
+from prefloop.evaluate.figures import COMPARED, FIGURES, Report
 from prefloop.pairs.length import LengthCoefficient
-from prefloop.records import Group, Pair, Prompt
+from prefloop.records import Group, Pair, Prompt, Response
+from prefloop.run import recipe_of
 
 TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
+FEEDBACK = "model/feedback.jsonl"
+"""In a round's folder: every question that an online method asked."""
+
 
 @dataclass(frozen=True)
 class Round:
-    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ..."""
+    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...; or a side of an evaluation.
+
+    preferred: P(the answer is preferred over the other side's), where an evaluation asked.
+    """
 
     label: str
     checkup: Checkup | None = None
     length: LengthCoefficient | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
+    preferred: list[float | None] = field(default_factory=list)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -44,7 +54,7 @@ class Round:
 @dataclass(frozen=True)
 class Story:
     """A run as a person wants to read it. `stages` are the manifest's entries: counts, figures
-    and seconds by stage name. `events` are those that `TOLD` names.
+    and seconds by stage name. `events` are those that `TOLD` names. `evaluation`: what `prefloop eval` found.
     """
 
     path: Path
@@ -54,6 +64,7 @@ class Story:
     stages: dict[str, dict[str, Any]]
     rounds: list[Round]
     events: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: Report | None = None
 
     @property
     def name(self) -> str:
@@ -85,20 +96,26 @@ def read_story(path: Path) -> Story:
     """Read a run folder. Raises InputError when it is not one, or not a whole one."""
     if not (path / "manifest.json").is_file():
         missing = "it has no manifest.json" if path.is_dir() else "there is no such folder"
-        raise InputError(f"{path} is not a run folder: {missing}; name one that prefloop dice, dpo or oaif has made")
+        raise InputError(f"{path} is not a run folder: {missing}; name one that a recipe or prefloop eval has made")
+    if recipe_of(path / "config.yaml") == "eval" and not (path / FIGURES).is_file():
+        raise InputError(f"{path}: this evaluation has not ended, there is no {FIGURES}; run its command again")
     config = read_yaml(path / "config.yaml")
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         stages = manifest["stages"]
         labels = dict.fromkeys(name.split("/")[0] for name in stages if "/" in name)
+        evaluated = manifest["recipe"] == "eval"
         return Story(
             path=path,
             recipe=manifest["recipe"],
             config=config,
             environment=manifest["environment"],
             stages=stages,
-            rounds=[_read_round(path / label, label) for label in labels if label != "data"],
+            rounds=_read_sides(path, config)
+            if evaluated
+            else [_read_round(path / label, label) for label in labels if label != "data"],
             events=_read_events(path / "events.jsonl"),
+            evaluation=Report.from_json((path / FIGURES).read_text(encoding="utf-8")) if evaluated else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
@@ -108,16 +125,36 @@ def read_story(path: Path) -> Story:
 
 
 def training_pairs(story: Story, round: Round) -> tuple[str, list[Pair]]:
-    """The pairs that a round was trained on, and the file they are in; none for the start, or an online method."""
-    candidates = [f"{round.label}/{name}.jsonl" for name in ("mixed", "training_pairs")]
-    for name in [*candidates, *(["data/pairs.jsonl"] if round.training else [])]:
+    """The pairs that a round was trained on, and the file they are in; none for the start.
+
+    Those of an online method are its questions that became pairs, with what the annotator said as `p`.
+    """
+    mixed, computed, online = (
+        f"{round.label}/mixed.jsonl",
+        f"{round.label}/training_pairs.jsonl",
+        f"{round.label}/{FEEDBACK}",
+    )
+    for name in (mixed, computed, online, *(["data/pairs.jsonl"] if round.training else [])):
         file = story.path / name
         if file.is_file():
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
             try:
-                return name, [Pair.from_json(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-            except ValueError:
+                return name, _online_pairs(lines) if name == online else [Pair.from_json(line) for line in lines]
+            except (ValueError, KeyError, TypeError):
                 raise InputError(f"{file} is damaged: a line is no preference pair; run the command again") from None
     return "", []
+
+
+def _online_pairs(lines: Sequence[str]) -> list[Pair]:
+    """Of the record of an online method, the questions that became pairs."""
+    return [_pair_of(row) for row in map(json.loads, lines) if row["outcome"] == "pair"]
+
+
+def _pair_of(row: dict[str, Any]) -> Pair:
+    a, b = (Response(text=row[side]) for side in "ab")
+    chosen, rejected = (a, b) if row["p"] > 0.5 else (b, a)
+    prompt = Prompt.model_validate(row["prompt"])
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, p=max(row["p"], 1 - row["p"]), source="generated")
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -149,6 +186,19 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return events
+
+
+def _read_sides(path: Path, config: dict[str, Any]) -> list[Round]:
+    """The two sides of an evaluation, theirs first; none where no answers were compared."""
+    if not (path / COMPARED).is_file():
+        return []
+    groups = [Group.from_json(line) for line in (path / COMPARED).read_text(encoding="utf-8").split("\n")[:-1]]
+    judged = [json.loads(line) for line in (path / "judgements.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    ours, theirs = ([Group(prompt=g.prompt, responses=(g.responses[i],)) for g in groups] for i in (0, 1))
+    return [
+        Round(f"against: {config['against']}", answers=theirs),
+        Round(f"policy: {config['policy']}", answers=ours, preferred=[row.get("p") for row in judged]),
+    ]
 
 
 def _read_round(folder: Path, label: str) -> Round:

@@ -18,6 +18,11 @@ def _number(value: float | None, pattern: str = "{:+.1f}") -> str:
     return "-" if value is None else pattern.format(value)
 
 
+def _at_equal_length(evaluation: dict[str, Any]) -> str:
+    """Not in runs of versions that did not compute it."""
+    return _interval(evaluation.get("at_equal_length"))
+
+
 def _of(round: Round, read: Callable[[Checkup], str]) -> str:
     return "-" if round.checkup is None else read(round.checkup)
 
@@ -62,6 +67,11 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         "share of held-out prompts on which the evaluator prefers it to the start, at the last evaluation",
         lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"]) if r.evaluations else "-",
     ),
+    (
+        "at equal length",
+        "this win rate if its answers were as long as the start's (docs/evaluation.md)",
+        lambda r: _at_equal_length(r.evaluations[-1][1]) if r.evaluations else "-",
+    ),
 ]  # fmt: skip
 
 
@@ -89,6 +99,7 @@ def markdown_table(story: Story) -> str:
 WIN_RATES = (
     "step",
     "against the start, evaluator",
+    "at equal length",
     "against the start, annotator",
     "against the evaluation before, evaluator",
     "characters",
@@ -102,6 +113,7 @@ def win_rates(story: Story) -> list[list[str]]:
         [
             str(step),
             _rate(found["against_start"]),
+            _at_equal_length(found),
             _rate(found["against_start_by_the_annotator"]),
             _rate(found["against_previous"]),
             f"{found['length_chars'][0]:.0f}",
