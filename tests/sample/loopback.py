@@ -303,6 +303,7 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=int, required=True)
     for flag in ("enable-prefix-caching", "disable-uvicorn-access-log"):
         parser.add_argument(f"--{flag}", action="store_true", required=True)
+    parser.add_argument("--no-enable-chunked-prefill", action="store_true", help="on a CPU")
     parser.add_argument("--die-at", type=int, default=0, help="the request at which the process ends")
     args = parser.parse_args()
     print("loading the model", flush=True)

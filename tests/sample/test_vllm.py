@@ -115,7 +115,8 @@ def test_a_server_that_dies_while_it_samples_says_its_last_words(policy: ModelRe
     with pytest.raises(EngineError) as caught:
         engine.sample(PROMPTS, k=2, sampling=SAMPLING, seed=3)
     said = str(caught.value)
-    assert f"vLLM ended with status 3 while it sampled (policy); the last lines of {tmp_path / 'log'}:" in said
+    assert "vLLM ended with status 3 while it sampled (policy); the first error is RuntimeError: out of memory" in said
+    assert f"the last lines of {tmp_path / 'log'}:" in said
     assert "  RuntimeError: out of memory\n" in said
     engine.close()
 
@@ -140,14 +141,15 @@ def test_a_server_that_does_not_get_ready_is_ended(policy: ModelRef, python: str
 
 def test_the_command_line(policy: ModelRef) -> None:
     options = Server(tensor_parallel_size=2, data_parallel_size=4, args="--max-model-len 512")
-    command = serve_command("python", policy, options, dtype="bfloat16", context=1024, port=8123)
+    command = serve_command("python", policy, options, dtype="bfloat16", context=1024, port=8123, device="cuda")
     assert " ".join(command) == (
         f"python -m vllm.entrypoints.openai.api_server --model {policy.path} "
         f"--served-model-name prefloop-{policy.fingerprint[:12]} --host 127.0.0.1 --port 8123 --dtype bfloat16 "
         "--max-model-len 1024 --generation-config vllm --enable-prefix-caching --tensor-parallel-size 2 "
         "--data-parallel-size 4 --disable-uvicorn-access-log --max-model-len 512"
     )
-    assert "--max-model-len" not in serve_command("python", policy, Server(), dtype="bfloat16", context=None, port=1)
+    on_cpu = serve_command("python", policy, Server(), dtype="bfloat16", context=None, port=1, device="cpu")
+    assert "--max-model-len" not in on_cpu and "--no-enable-chunked-prefill" in on_cpu
 
 
 def test_a_url_in_the_options_is_used_in_place_of_a_server_of_ours(policy: ModelRef) -> None:

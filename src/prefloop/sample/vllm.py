@@ -7,6 +7,7 @@ vLLM lives in an environment of its own; nothing of it is imported here. It is s
 import gc
 import http.client
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import EngineError, InputError
-from prefloop.models import ModelRef
+from prefloop.models import ModelRef, choose_device
 from prefloop.progress import Advance, ignore
 from prefloop.records import Group, Prompt
 from prefloop.sample.engine import Engine, check_request, checked_prompt_ids
@@ -33,6 +34,9 @@ from prefloop.sample.server import TOLERANCE, ServerEngine, check_sampling, serv
 HOST = "127.0.0.1"
 LAST_LINES = 20
 """Lines of a dead server's log that are shown."""
+
+AN_ERROR = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .*)")
+"""A line that ends a traceback. The first one is the cause; the last lines are how the others followed."""
 
 LAST_WORDS = 5.0
 """Seconds in which a server that failed a request may be found dead: its front goes a little after its engine."""
@@ -142,8 +146,12 @@ class VllmEngine:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         give_back_gpu_memory()
+        command = serve_command(
+            self.python, self.policy, self.options, dtype=self.dtype, context=self.context, port=port,
+            device=choose_device("auto"),
+        )  # fmt: skip
         self._process = SupervisedProcess(
-            serve_command(self.python, self.policy, self.options, dtype=self.dtype, context=self.context, port=port),
+            command,
             log=self._log,
             # By the environment, not the command line: any user of the machine can list command lines, and reach the
             # port.
@@ -173,9 +181,11 @@ class VllmEngine:
         with self._log.open("rb") as handle:
             handle.seek(self._log_start)
             lines = handle.read().decode("utf-8", errors="replace").splitlines()
+        errors = [found.group(1) for line in lines if (found := AN_ERROR.search(line))]
+        first = f"the first error is {errors[0]}; " if errors else ""
         last = "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
         return (
-            f"vLLM ended with status {self._process.returncode} {when} ({self.policy.name}); the last lines of "
+            f"vLLM ended with status {self._process.returncode} {when} ({self.policy.name}); {first}the last lines of "
             f"{self._log}:\n{last}"
         )
 
@@ -194,7 +204,7 @@ def served_name(policy: ModelRef) -> str:
 
 
 def serve_command(
-    python: str, policy: ModelRef, options: Server, *, dtype: str, context: int | None, port: int
+    python: str, policy: ModelRef, options: Server, *, dtype: str, context: int | None, port: int, device: str
 ) -> list[str]:
     """The command line of the server; `options.args` come last, so that they win.
 
@@ -209,6 +219,8 @@ def serve_command(
         # No sampling defaults from the model's generation_config.json.
         *("--generation-config", "vllm"),
         "--enable-prefix-caching",
+        # On a CPU a prompt that is cut between two batches ends the server, where its request has a seed (0.32).
+        *(("--no-enable-chunked-prefill",) if device == "cpu" else ()),
         *("--tensor-parallel-size", str(options.tensor_parallel_size)),
         *("--data-parallel-size", str(options.data_parallel_size)),
         "--disable-uvicorn-access-log",
