@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= runs/demo
 
-.PHONY: demo test check format browser clean
+.PHONY: demo test test-slow check format browser clean
 
 demo: $(READY)
 	$(BIN)/prefloop dice --preset demo --out $(DEMO)
@@ -14,6 +14,10 @@ demo: $(READY)
 # One process a core with one thread each: the tests' models are too small to gain from more threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The few tests that would take the default suite over its three minutes; CI runs them too.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check

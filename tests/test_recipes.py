@@ -195,6 +195,7 @@ def test_same_seed_same_bytes_other_seed_other_answers(cfg: DiceConfig, finished
     assert (other / "round-1/groups.jsonl").read_bytes() != (again / "round-1/groups.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_in_the_same_bytes(cfg: DiceConfig, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "cfg.yaml").write_text(cfg.to_yaml())
     out = tmp_path / "killed"

@@ -220,6 +220,7 @@ def test_a_stage_needs_a_usable_name(tmp_path: Path, name: str) -> None:
 # Kills
 
 
+@pytest.mark.slow
 def test_killed_before_any_file_system_operation_a_run_continues_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) 
         assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch's own tracing
 def test_compiled_layers_have_the_same_gradients(policy: ModelRef, pairs: list[Pair]) -> None:
