@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefloop.data.answers import Answered, Question, files_of, read_answers, read_questions
+from prefloop.data.answers import Answered, Question, files_of, mt_bench_questions, read_answers
 from prefloop.errors import InputError
 from prefloop.records import Group, Prompt, Response
 
@@ -27,7 +27,7 @@ def mt_bench_answers(file: Path, *turns: list[str]) -> str:
 
 
 def test_mt_bench_questions_and_answers(tmp_path: Path) -> None:
-    questions = read_questions(lines(tmp_path / "question.jsonl", TWO_TURNS))
+    questions = mt_bench_questions(lines(tmp_path / "question.jsonl", TWO_TURNS))
     assert [(q.prompt.id, q.prompt.category, q.second) for q in questions] == [
         ("81", "writing", "Again."),
         ("111", "math", "More."),
@@ -45,7 +45,7 @@ def test_mt_bench_questions_and_answers(tmp_path: Path) -> None:
     assert set(written) == {"question.jsonl", "model_answer.jsonl"}
     for name, text in written.items():
         (tmp_path / name).write_text(text)
-    again = read_questions(str(tmp_path / "question.jsonl"))
+    again = mt_bench_questions(str(tmp_path / "question.jsonl"))
     assert again == questions and read_answers(str(tmp_path / "model_answer.jsonl"), again) == found
 
 
@@ -80,7 +80,7 @@ def test_answers_are_put_into_the_order_of_the_questions(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
-    questions = read_questions(lines(tmp_path / "question.jsonl", TWO_TURNS))
+    questions = mt_bench_questions(lines(tmp_path / "question.jsonl", TWO_TURNS))
     short = mt_bench_answers(tmp_path / "short.jsonl", ["Once.", "Twice."], ["only one"])
     with pytest.raises(InputError, match=r"1 of 2 prompts have no answer there, the first 'Add\.'"):
         read_answers(short, questions)
@@ -93,9 +93,9 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
         read_answers(one, [Question(Prompt.of("Bye?"))])
     for bad in ({"question_id": 1, "turns": "x"}, {"turns": ["x"]}, {"question_id": 1, "turns": ["a", "b", "c"]}):
         with pytest.raises(InputError, match="line 1: expected 'question_id' and one or two texts"):
-            read_questions(lines(tmp_path / "bad.jsonl", [bad]))
+            mt_bench_questions(lines(tmp_path / "bad.jsonl", [bad]))
     with pytest.raises(InputError, match="question_id 81 is there twice"):
-        read_questions(lines(tmp_path / "twice.jsonl", [TWO_TURNS[0], TWO_TURNS[0]]))
+        mt_bench_questions(lines(tmp_path / "twice.jsonl", [TWO_TURNS[0], TWO_TURNS[0]]))
     with pytest.raises(InputError, match="line 1: expected 'question_id' and 'choices'"):
         read_answers(lines(tmp_path / "odd.jsonl", [{"question_id": 81, "choices": []}]), questions)
 

@@ -1,12 +1,14 @@
 """`prefloop eval` from end to end on tiny models: figures, files, resume, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefloop.cli import main
+from prefloop.evaluate.evaluation import hard
 from prefloop.evaluate.figures import Report, percent
 from prefloop.run import HEADER
 from tests.tiny import save_tiny_model
@@ -143,3 +145,53 @@ def test_refusals_are_one_clear_line(
         assert main(["eval", *options, "--out", str(tmp_path / f"out-{i}")]) == 2
         said = capsys.readouterr().err.strip().split("\n")[-1]
         assert said.startswith("prefloop: ") and expected in said, said
+
+
+def test_markup_in_categories_and_paths_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "[red]").mkdir()
+    files = []
+    for name, texts in (("ours", ["longer", "b"]), ("theirs", ["short", "brief"])):
+        rows = [{"instruction": f"Q{i}", "output": text, "dataset": "[/x]"} for i, text in enumerate(texts)]
+        files.append(tmp_path / "[red]" / f"{name}.json")
+        files[-1].write_text(json.dumps(rows))
+    out = tmp_path / "eval"
+    assert main(["eval", "--policy", str(files[0]), "--against", str(files[1]), "--annotator", "rule:long",
+                 "--feedback.labels", "hard", "--out", str(out)]) == 0  # fmt: skip
+    assert "[/x]" in capsys.readouterr().out and (out / "report.html").is_file()
+    # The folder under another name is the same evaluation.
+    assert main(["eval", "--policy", str(files[0]), "--against", str(files[1]), "--annotator", "rule:long",
+                 "--feedback.labels", "hard", "--out", f"{out}/"]) == 0  # fmt: skip
+    assert "judgements: done before, reused" in capsys.readouterr().err
+
+
+def test_labels_are_hard_where_asked() -> None:
+    assert [hard(p) for p in (0.0, 0.4, 0.5, 0.51, 1.0)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+def test_refusals_of_what_cannot_be_compared(
+    tmp_path: Path, models: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = answers(tmp_path / "a.json", "one", "two"), answers(tmp_path / "b.json", "three", "four")
+    out = tmp_path / "eval"
+    assert main(["eval", "--policy", ours, "--against", theirs, "--annotator", "rule:long", "--out", str(out)]) == 0
+    broken = tmp_path / "half.json"
+    broken.write_text('[{"instruction": "Q", "output": "half \\ud800"}]')
+    tokenizer = json.loads((Path(models[1]) / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["<|another|>"] = tokenizer["model"]["vocab"].pop(
+        next(iter(tokenizer["model"]["vocab"]))
+    )
+    other = tmp_path / "other"
+    shutil.copytree(models[1], other)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    pairs = lines(tmp_path / "pairs.jsonl", [{"prompt": "P", "chosen": "yes", "rejected": "no"}])
+    for args, said in (
+        (["--policy", str(out), "--against", theirs, "--annotator", "rule:long"], "is an evaluation; give what was"),
+        (["--policy", ours, "--prompts", "seed:train"], "nothing to measure"),
+        (["--policy", ours, "--against", str(broken), "--annotator", "rule:long"], "half of a character"),
+        (["--policy", models[0], "--reference", str(other), "--pairs", pairs, *FAST], "have different tokenizers"),
+    ):
+        capsys.readouterr()
+        assert main(["eval", *args, "--out", str(tmp_path / "refused")]) == 2
+        err = capsys.readouterr().err
+        assert said in err, err
+        shutil.rmtree(tmp_path / "refused", ignore_errors=True)

@@ -36,8 +36,10 @@ def test_the_length_term_is_tanh_of_differences_in_their_own_deviation() -> None
     ours, theirs = [10.0, 30.0, 20.0], [10.0, 10.0, 30.0]
     spread = np.std([0.0, 20.0, -10.0], ddof=1)
     assert length_term(ours, theirs) == pytest.approx(np.tanh(np.array([0.0, 20.0, -10.0]) / spread))
-    assert length_term([5.0, 5.0], [4.0, 4.0]).tolist() == [0.0, 0.0]
-    assert length_term([5.0], [4.0]).tolist() == [0.0]
+    # The limit of ever smaller spreads: answers that are all as much longer say nothing of equal length.
+    assert length_term([5.0, 5.0], [4.0, 4.0]).tolist() == [1.0, 1.0]
+    assert length_term([5.0], [8.0]).tolist() == [-1.0]
+    assert length_term([5.0, 4.0], [5.0, 4.0]).tolist() == [0.0, 0.0]
 
 
 def test_a_fit_is_the_maximum_of_the_posterior_that_is_documented() -> None:
@@ -127,3 +129,22 @@ def test_the_interval_of_own_prompts_knows_what_it_cannot_know() -> None:
 def test_a_rate_without_difficulty_is_the_sigmoid_of_the_strength() -> None:
     assert Fit(0.0, 3.0, 0.0).rate() == 0.5
     assert Fit(np.log(3.0), 3.0, 0.0).rate() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(("n", "strength", "length"), [(20, 2.0, 0.0), (60, 0.5, 0.5), (60, -1.0, -0.5)])
+def test_the_interval_at_equal_length_holds_the_truth(n: int, strength: float, length: float) -> None:
+    rng, held, runs = np.random.default_rng(n), 0, 200
+    for run in range(runs):
+        term = length_term(rng.normal(0, 100, n), np.zeros(n))
+        p = (rng.random(n) < 1 / (1 + np.exp(-strength - length * term))).astype(float)
+        _, low, high = length_controlled(p, term, seed=run, draws=2)  # by the curvature: resampling only widens it
+        held += low <= 1 / (1 + np.exp(-strength)) <= high
+    assert 0.93 <= held / runs
+
+
+def test_winning_every_time_is_not_certain_at_equal_length_either() -> None:
+    _, low, high = length_controlled(np.ones(20), np.linspace(-0.9, 0.9, 20), seed=0, draws=20)
+    assert low < 0.9 and high > 0.99
+    # All longer by the same: length may be all there is to it.
+    _, same, _ = length_controlled(np.ones(20), np.ones(20), seed=0, draws=20)
+    assert same < low

@@ -54,8 +54,14 @@ def test_a_bootstrap_interval_is_about_196_standard_errors_wide() -> None:
 
 def test_winning_every_time_is_not_certainty() -> None:
     low, high = bootstrap_interval(np.array([[1.0] * 10, [0.0] * 10, [0.5] * 10]), seed=0)
-    assert low == pytest.approx([0.7225, 0.0, 0.5], abs=1e-4)
-    assert high == pytest.approx([1.0, 0.2775, 0.5], abs=1e-4)
+    assert low == pytest.approx([0.7225, 0.0, 0.2366], abs=1e-4)
+    assert high == pytest.approx([1.0, 0.2775, 0.7634], abs=1e-4)
+
+
+def test_no_number_of_prompts_is_named_where_none_can_be_known() -> None:
+    assert prompts_needed(np.array([1.0, 1.0, 1.0])) is None  # how they would spread is not known
+    assert prompts_needed(np.array([0.1, 0.9, 0.3, 0.7])) is None  # one half, but for rounding
+    assert prompts_needed(np.array([0.7])) is None
 
 
 def test_the_sign_test_is_exact() -> None:

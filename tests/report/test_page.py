@@ -131,6 +131,7 @@ def test_questions_of_an_online_run_that_became_pairs_are_in_the_browser(tmp_pat
     rows = [
         {**question, "a": "first", "b": "second", "p": 0.2, "outcome": "pair"},
         {**question, "a": "same", "b": "same", "p": 0.5, "outcome": "identical"},
+        {**question, "prompt": "p1", "a": "of an", "b": "older version", "p": 0.2, "outcome": "pair"},
     ]
     (folder / "round-1/model/feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = samples([read_story(folder)])
@@ -158,6 +159,10 @@ def test_an_evaluation_is_a_page_of_its_own_and_beside_runs(run: Path, tmp_path:
     both = page_of([read_story(run), read_story(out)])
     assert both.final is not None and both.final.head == ("", "mine")
     assert "judged by rule:long" in render(both)
+    assert not page.read and "What it means" not in render(page)  # patterns are of training
+    (out / "judgements.jsonl").write_text("")
+    with pytest.raises(InputError, match="damaged"):
+        read_story(out)
     (out / "eval.json").unlink()
     with pytest.raises(InputError, match="this evaluation has not ended"):
         read_story(out)

@@ -8,12 +8,12 @@ A question of two turns is sampled turn by turn, and judged once, as the whole c
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefloop.data.files import Rows, read_rows
 from prefloop.data.groups import read_groups
-from prefloop.data.mapping import OnBadRow, load_prompts
 from prefloop.errors import InputError
 from prefloop.records import Group, Message, Prompt, Record, Response, content_id
 
@@ -48,16 +48,13 @@ class Answered(Record):
         return Response(text=f"{first}\n\n[User:]\n{self.second}\n\n[Assistant:]\n{last}")
 
 
-def read_questions(source: str, *, on_bad_row: OnBadRow = "error") -> list[Question]:
-    """Raises InputError, in one line, for what cannot be read as prompts or as MT-Bench questions."""
-    if source.partition(":")[0] != "seed":
-        rows = read_rows(source)
-        if "turns" in rows.columns:
-            return _mt_bench_questions(rows)
-    return [Question(prompt) for prompt in load_prompts(source, on_bad_row=on_bad_row).records]
-
-
-def _mt_bench_questions(rows: Rows) -> list[Question]:
+def mt_bench_questions(source: str) -> list[Question] | None:
+    """The questions of an MT-Bench file; None where the source is something else. Raises InputError for a bad row."""
+    if source.partition(":")[0] == "seed":
+        return None
+    rows = read_rows(source)
+    if "turns" not in rows.columns:
+        return None
     questions: dict[str, Question] = {}
     for row in rows:
         given = row.data.get("turns")
@@ -66,7 +63,7 @@ def _mt_bench_questions(rows: Rows) -> list[Question]:
         if len(texts) != len(turns) or len(turns) not in (1, 2) or row.data.get("question_id") is None:
             raise InputError(f"{row.where}: expected 'question_id' and one or two texts in 'turns'")
         id = str(row.data["question_id"])
-        prompt = Prompt.of(turns[0], id=id, category=row.data.get("category"))
+        prompt = Prompt.of(turns[0], id=id, category=_category(row.data.get("category")))
         if id in questions:
             raise InputError(f"{row.where}: question_id {id} is there twice; give every question its own")
         questions[id] = Question(prompt, turns[1] if len(turns) == 2 else None)
@@ -82,7 +79,7 @@ def read_answers(source: str, questions: Sequence[Question] | None = None) -> li
     rows = read_rows(source)
     if "choices" in rows.columns:
         return _mt_bench_answers(rows, questions)
-    groups = _alpaca_eval(rows) if {"instruction", "output"} <= set(rows.columns) else read_groups(source)
+    groups = _alpaca_eval(rows) if {"instruction", "output"} <= set(rows.columns) else _own_ids(read_groups(source))
     if questions is None:
         return [Answered(prompt=group.prompt, answers=group.responses[:1]) for group in groups]
     if any(question.second for question in questions):
@@ -100,9 +97,28 @@ def _alpaca_eval(rows: Rows) -> list[Group]:
         if not isinstance(instruction, str) or not instruction.strip() or not isinstance(output, str):
             raise InputError(f"{row.where}: expected texts in 'instruction' and 'output'")
         text = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
-        prompt = Prompt.of(text, category=row.data.get("category") or row.data.get("dataset"))
+        prompt = Prompt.of(text, category=_category(row.data.get("category") or row.data.get("dataset")))
         groups.setdefault(prompt.id, Group(prompt=prompt, responses=(Response(text=output),)))
     return list(groups.values())
+
+
+def _own_ids(groups: Sequence[Group]) -> list[Group]:
+    """Prompts that differ under one id get ids of their content."""
+    texts: dict[str, set[str]] = {}
+    for group in groups:
+        texts.setdefault(group.prompt.id, set()).add(content_id(group.prompt.messages))
+    return [
+        group
+        if len(texts[group.prompt.id]) == 1
+        else group.model_copy(
+            update={"prompt": group.prompt.model_copy(update={"id": content_id(group.prompt.messages)})}
+        )
+        for group in groups
+    ]
+
+
+def _category(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _mt_bench_answers(rows: Rows, questions: Sequence[Question] | None) -> list[Answered]:
@@ -114,6 +130,8 @@ def _mt_bench_answers(rows: Rows, questions: Sequence[Question] | None) -> list[
     for row in rows:
         try:
             turns = row.data["choices"][0]["turns"]
+            if not isinstance(turns, list):
+                raise TypeError
             found[str(row.data["question_id"])] = tuple(Response(text=text) for text in turns)
         except (KeyError, IndexError, TypeError, ValueError):
             raise InputError(f"{row.where}: expected 'question_id' and 'choices' with a list of 'turns'") from None
@@ -155,7 +173,8 @@ def files_of(side: Sequence[Answered], generator: str) -> Mapping[str, str]:
         return {"model_outputs.json": json.dumps(outputs, ensure_ascii=False, indent=1) + "\n"}
     questions, answers = [], []
     for a in side:
-        id = int(a.prompt.id) if a.prompt.id.isdigit() else a.prompt.id
+        # MT-Bench's ids are numbers; what a number would not give back stays a text.
+        id = int(a.prompt.id) if re.fullmatch(r"0|[1-9][0-9]*", a.prompt.id) else a.prompt.id
         turns = [a.prompt.messages[0].content, *([a.second] if a.second else [])]
         questions.append({"question_id": id, "category": a.prompt.category, "turns": turns})
         choice = {"index": 0, "turns": [answer.text for answer in a.answers]}

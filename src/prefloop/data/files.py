@@ -154,7 +154,23 @@ def _parse_lines(text: str, name: str) -> Numbered:
         if not isinstance(row, dict):
             raise InputError(f"{name} line {number}: expected a JSON object {{...}}, found {_json_type(row)}")
         rows.append((number, row))
+    check_text(rows, text, f"{name} line")
     return rows
+
+
+def check_text(rows: Numbered, source: str, where: str) -> None:
+    """Raises InputError for a JSON text that holds half of a surrogate pair, which no tokenizer and no file takes."""
+    if "\\ud" not in source.lower():
+        return
+    for number, row in rows:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise InputError(
+                f"{where} {number}: a text has {half}, half of a character that JSON writes as two; write both halves, "
+                "or remove it"
+            ) from None
 
 
 def _read_json(path: Path, name: str) -> Numbered:
@@ -179,7 +195,9 @@ def _read_json(path: Path, name: str) -> Numbered:
     for number, row in enumerate(data, start=1):
         if not isinstance(row, dict):
             raise InputError(f"{name} row {number}: expected a JSON object {{...}}, found {_json_type(row)}")
-    return list(enumerate(data, start=1))
+    rows = list(enumerate(data, start=1))
+    check_text(rows, text, f"{name} row")
+    return rows
 
 
 def _json_type(value: Any) -> str:

@@ -16,12 +16,14 @@ from typing import Literal
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefloop.atomic import write_atomically
 from prefloop.commands import needed
-from prefloop.config import Config, read_yaml
-from prefloop.data.answers import Answered, Question, files_of, read_answers, read_questions
+from prefloop.config import Config, free, read_yaml
+from prefloop.data.answers import Answered, Question, files_of, mt_bench_questions, read_answers
+from prefloop.data.chat import same_tokenizer
 from prefloop.errors import InputError
 from prefloop.evaluate.drift import drift
 from prefloop.evaluate.figures import COMPARED, FIGURES, Figures, Report, figures_of
@@ -29,10 +31,10 @@ from prefloop.evaluate.implicit_pairs import implicit_pairs
 from prefloop.evaluate.win_rate import head_to_head
 from prefloop.feedback.annotator import Annotator, Comparison, Judgement
 from prefloop.feedback.options import AnnotatorName, Feedback
-from prefloop.feedback.registry import load_annotator
+from prefloop.feedback.registry import load_annotator, load_meter
 from prefloop.feedback.stage import ask
-from prefloop.models import ModelRef, resolve
-from prefloop.recipes.steps import load, some, tokenise
+from prefloop.models import ModelRef, load_tokenizer, resolve
+from prefloop.recipes.steps import load, load_own_prompts, some, tokenise
 from prefloop.records import Group
 from prefloop.report.page import REPORT, write_page
 from prefloop.report.story import read_story
@@ -58,7 +60,7 @@ class EvalOptions(Config):
     annotator: AnnotatorName = ""
     pairs: str = Field(default="", description="held-out pairs, or RewardBench's (prompt, chosen, rejected, subset)")
     reference: str = Field(
-        default="", description="of the implicit reward and the drift; by default the model --against, or the start"
+        default="", description="of the implicit reward and the drift; by default the run's start, or --against"
     )
     beta: float = Field(default=0.1, gt=0, description="of the implicit reward of --pairs")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
@@ -66,9 +68,9 @@ class EvalOptions(Config):
     sampling: Sampling = Field(default_factory=Sampling)
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
-    feedback: Feedback = Field(default_factory=Feedback)
+    feedback: Feedback = Field(default_factory=lambda: Feedback(labels="soft"))
     compute: Compute = Field(default_factory=Compute)
-    out: str = Field(default="runs/eval", description="the folder to work in; the same command continues it")
+    out: str = free(default="runs/eval", description="the folder to work in; the same command continues it")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Side:
     def of(cls, name: str) -> "Side":
         """Raises InputError for a folder that is neither a finished run nor a model, and for what `resolve` refuses."""
         path = Path(name)
-        if path.is_file() and path.suffix != ".gguf":
+        if is_file(name):
             return cls(name, file=name)
         if not path.is_dir():
             return cls(name, model=resolve(name))
@@ -95,15 +97,23 @@ class Side:
                 f"{name}: neither a run folder (no config.yaml of prefloop in it) nor a model (no config.json); "
                 "give one of them, or a file of answers"
             )
+        if recipe_of(path / "config.yaml") == "eval":
+            raise InputError(f"{name} is an evaluation; give what was evaluated, or {name}/ours/model_outputs.json")
         if not (path / "model" / "config.json").is_file():
             raise InputError(f"{name}: this run has no final model yet; finish it, or give one of its round-*/model")
         return cls(name, model=ModelRef.of(path / "model", name), start=read_yaml(path / "config.yaml").get("policy"))
 
 
+def is_file(name: str) -> bool:
+    """Whether a side is a file of answers."""
+    return Path(name).is_file() and Path(name).suffix != ".gguf"
+
+
 def run_eval(options: EvalOptions) -> None:
     """`prefloop eval`: run, write OUT/eval.json, and show it."""
     needed(options, "policy")
-    if not options.prompts and not options.against and not options.pairs:
+    model = bool(options.prompts) and not is_file(options.policy)
+    if not model and not options.against and not options.pairs:
         raise InputError("nothing to measure: give --prompts and --against with an --annotator, or --pairs")
     if bool(options.against) != bool(options.annotator):
         raise InputError("--against and --annotator go together: one says against whom, the other who judges")
@@ -111,10 +121,11 @@ def run_eval(options: EvalOptions) -> None:
     with Run.open(out, recipe="eval", config=options, console=Console(stderr=True)) as run:
         report = evaluate(options, run)
         write_atomically(out / FIGURES, json.dumps(json.loads(report.to_json()), indent=1) + "\n")
+    page = write_page([read_story(out)], out / REPORT)
     console = Console()
     for figures in figures_of(report):
         console.print(table_of(figures))
-    print(f"figures {out / FIGURES}\nreport  {write_page([read_story(out)], out / REPORT)}")
+    print(f"figures {out / FIGURES}\nreport  {page}")
 
 
 def evaluate(options: EvalOptions, run: Run) -> Report:
@@ -122,14 +133,25 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
     ours = Side.of(options.policy)
     theirs = other_side(options.against, ours) if options.against else None
     reference = reference_of(options, ours, theirs)
-    questions = questions_of(options, ours, theirs)
-    judge = load_annotator(options.annotator, options.feedback, compute=options.compute) if theirs else None
+    questions = questions_of(options, ours, theirs, run)
+    meter = load_meter(options.feedback)
+    judge = (
+        load_annotator(options.annotator, options.feedback, compute=options.compute, meter=meter) if theirs else None
+    )
     parts: dict[str, object] = {"policy": ours.name}
     if options.pairs:
         if ours.model is None or reference is None:
             raise InputError("--pairs needs a model as --policy and a --reference that it was trained from")
         pairs = load(options.pairs, "pairs", options.on_bad_row, run)
+        difference = same_tokenizer(load_tokenizer(ours.model), load_tokenizer(reference))
+        if difference:
+            raise InputError(
+                f"--pairs: {ours.name} and its reference {reference.name} have different tokenizers ({difference}); "
+                "the implicit reward needs both to score the same token ids: give another --reference"
+            )
         pairs = run.stage("pairs", tokenise, pairs, ours.model)
+        if not pairs:
+            raise InputError(f"--pairs {options.pairs}: no pair fits into the model's context; give shorter ones")
         parts["implicit_reward"] = run.stage(
             "implicit_reward", implicit_pairs, pairs, ours.model, reference, beta=options.beta, compute=options.compute
         )
@@ -137,10 +159,17 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
         own, drawn = answers_of(run, "ours", ours, questions, options)
         parts["prompts"] = len(questions)
         if ours.model:
+            if reference and same_tokenizer(load_tokenizer(ours.model), load_tokenizer(reference)):
+                run.note(f"no KL: {reference.name} has another tokenizer")
+                reference = None
             parts["drift"] = run.stage("drift", drift, drawn, ours.model, reference, compute=options.compute)
         if theirs and judge:
             others, _ = answers_of(run, "theirs", theirs, questions, options)
             judgements = run.stage("judgements", judgements_of, own, others, judge)
+            if meter.tallies:
+                run.event("feedback", **meter.summary())
+            if options.feedback.labels == "hard":
+                judgements = [one if one.p is None else one.model_copy(update={"p": hard(one.p)}) for one in judgements]
             compared = comparisons(own, others)
             groups = [Group(prompt=c.prompt, responses=(c.a, c.b)) for c in compared]
             write_atomically(run.path / COMPARED, "".join(group.to_json() + "\n" for group in groups))
@@ -160,17 +189,18 @@ def other_side(against: str, ours: Side) -> Side:
 
 def reference_of(options: EvalOptions, ours: Side, theirs: Side | None) -> ModelRef | None:
     """The model that drift and implicit reward are measured from."""
-    if options.reference:
-        return resolve(options.reference)
-    if theirs and theirs.model:
-        return theirs.model
-    return resolve(ours.start) if ours.start else None
+    if options.reference or ours.start:
+        return resolve(options.reference or ours.start or "")
+    return theirs.model if theirs else None
 
 
-def questions_of(options: EvalOptions, ours: Side, theirs: Side | None) -> list[Question]:
+def questions_of(options: EvalOptions, ours: Side, theirs: Side | None, run: Run) -> list[Question]:
     """Those of --prompts, else those of a file of answers. Raises InputError where none are, or two files differ."""
     if options.prompts:
-        questions = read_questions(options.prompts, on_bad_row=options.on_bad_row)
+        questions = mt_bench_questions(options.prompts)
+        if questions is None:
+            prompts = load_own_prompts(options.prompts, options.on_bad_row, run)
+            questions = [Question(prompt) for prompt in prompts]
     elif theirs is None and ours.file is None:
         return []
     else:
@@ -221,6 +251,11 @@ def comparisons(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[Co
     return [Comparison(a.prompt, a.whole, b.whole) for a, b in zip(ours, theirs, strict=True)]
 
 
+def hard(p: float) -> float:
+    """A preference as a choice: 0, 1, or a tie."""
+    return 0.5 * ((p > 0.5) + (p >= 0.5))
+
+
 def judgements_of(
     ours: Sequence[Answered], theirs: Sequence[Answered], annotator: Annotator, *, stage: Stage
 ) -> list[Judgement]:
@@ -238,9 +273,9 @@ def judgements_of(
 
 def table_of(figures: Figures) -> Table:
     """What the terminal shows."""
-    table = Table(title=figures.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(figures.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(figures.head):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row in figures.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

@@ -58,6 +58,9 @@ def _win_rate(report: Report, found: HeadToHead) -> Figures:
     ]
     rows.append(("at equal length", percent(found.length_controlled), "", "", ""))
     rows.append(("abstained", f"{found.overall.abstained} of {report.prompts}", "", "", ""))
+    if found.slots:
+        followed = found.slots.get("first_slot", 0) + found.slots.get("second_slot", 0)
+        rows.append(("judge followed the slot", f"{followed} of {sum(found.slots.values())}", "", "", ""))
     if found.length_chars:
         rows.append(("characters", "{:.0f} and {:.0f}".format(*found.length_chars), "", "", ""))
     title = f"{report.policy} against {report.against}, judged by {report.annotator}"

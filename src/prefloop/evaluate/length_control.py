@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.evaluate.reward_accuracy import Z
 from prefloop.seeds import generator
 
 Floats = NDArray[np.float64]
@@ -35,8 +36,9 @@ LENGTH_SD = 0.3
 """Spread of phi among models that share a judge: about what the published 0.2 x 805 judgements of the baseline's own
 variants would know, 1 / sqrt(161 * E[tanh^2 p (1 - p)])."""
 
-UNKNOWN_LENGTH_SD = 1.0
-"""Spread of phi around 0 where nothing is known of the judge."""
+UNKNOWN_LENGTH_SD = 0.5
+"""Spread of phi around 0 where nothing is known of the judge and of the difficulties, whose credit phi would take
+(docs/evaluation.md)."""
 
 SLOPE_SD = 0.2
 """Spread of psi around 1; difficulties are in the unit in which 1 is the mean slope."""
@@ -69,50 +71,52 @@ class Fit(NamedTuple):
 
 
 def length_term(ours: Sequence[float] | Floats, theirs: Sequence[float] | Floats) -> Floats:
-    """[N] tanh of the length difference in its own standard deviations; 0 where it is everywhere the same.
+    """[N] tanh of the length difference in its own standard deviations; its sign where it is everywhere the same.
 
     >>> length_term([3, 5, 7], [4, 4, 4]).round(3).tolist()
     [-0.462, 0.462, 0.905]
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     spread = float(np.std(difference, ddof=1)) if len(difference) > 1 else 0.0
-    return np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
+    return np.tanh(difference / spread) if spread > 0 else np.sign(difference)
 
 
-def fit(
-    p: Floats, length: Floats, *, shared: Shared | None = None, weight: Floats | None = None, prior: Fit | None = None
-) -> Fit:
+def fit(p: Floats, length: Floats, *, shared: Shared | None = None, weight: Floats | None = None) -> Fit:
     """The coefficients of one model.
 
     p [N]: P(the model's answer is preferred). length [N]: `length_term`. weight [N]: of each instruction, 1 unless
-    given. `shared` has a difficulty for each of the N; without it there is none, and phi is pulled to 0. `prior`: other
-    means of the priors. Raises ValueError when p is not in [0, 1].
+    given. `shared` has a difficulty for each of the N; without it there is none, and phi is pulled to 0. Raises
+    ValueError when p is not in [0, 1].
     """
     if not np.all((p >= 0) & (p <= 1)):
         raise ValueError("p must be in [0, 1]; leave out what was not judged")
     columns = [np.ones_like(length), length, *([] if shared is None else [shared.difficulty])]
     features = np.stack(columns, axis=1)
-    mean = np.array(prior or _prior(shared))[: len(columns)]
+    mean = np.array(_prior(shared))[: len(columns)]
     found = _maximum(features, p, np.ones_like(p) if weight is None else weight, mean, _sds(shared)[: len(columns)])
     return Fit(*found, *(0.0,) * (3 - len(columns)))
 
 
-def length_controlled(p: Floats, length: Floats, *, seed: int, draws: int = 300) -> tuple[float, float, float]:
+def length_controlled(p: Floats, length: Floats, *, seed: int, draws: int = 200) -> tuple[float, float, float]:
     """The length-controlled win rate of one model on own prompts, without difficulties: [value, low, high] at 95 %.
 
-    Every draw resamples the prompts and draws the means of the priors from them, so that the interval also holds what
-    the judgements cannot say: where all answers are longer, what length alone is worth.
+    The wider, at each end, of two intervals: of the prompts resampled, and of theta given the curvature of the
+    posterior. The second also holds what no resampling shows: where one side wins every time, and where all answers are
+    longer, what length alone is worth.
     """
-    rng = generator(seed, "length controlled")
-    value = fit(p, length)
-    counts = rng.multinomial(len(p), np.full(len(p), 1 / len(p)), size=draws)
-    priors = rng.normal(_prior(None), _sds(None), size=(draws, 3))
-    rates = [
-        fit(p, length, weight=count.astype(float), prior=Fit(*prior)).rate()
-        for count, prior in zip(counts, priors, strict=True)
-    ]
-    low, high = np.quantile(rates, [0.025, 0.975])
-    return value.rate(), float(low), float(high)
+    found = fit(p, length)
+    counts = generator(seed, "length controlled").multinomial(len(p), np.full(len(p), 1 / len(p)), size=draws)
+    drawn = [fit(p, length, weight=count.astype(float)).rate() for count in counts]
+    features = np.stack([np.ones_like(length), length], axis=1)
+    likely = _sigmoid(features @ np.array(found[:2]))
+    precision = (features.T * (likely * (1 - likely))) @ features + np.diag(1 / np.square(_sds(None)[:2]))
+    half = Z * float(np.linalg.inv(precision)[0, 0]) ** 0.5
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return (
+        found.rate(),
+        min(float(low), float(_sigmoid(found.strength - half))),
+        max(float(high), float(_sigmoid(found.strength + half))),
+    )
 
 
 def learn_shared(p: Floats, length: Floats) -> Shared:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from prefloop.evaluate.length_control import length_controlled, length_term
 from prefloop.evaluate.reward_accuracy import Z, wilson_interval
-from prefloop.feedback.annotator import Annotator, Comparison, Judgement
+from prefloop.feedback.annotator import Comparison, Judgement
 from prefloop.records import Group, Record
 from prefloop.seeds import generator
 
@@ -47,6 +47,7 @@ class HeadToHead(Record):
     categories: by the prompts' category, the most frequent first; none where prompts have none.
     length_controlled: win rate at equal length in characters, [value, low, high] at 95 %, without difficulties.
     length_chars: mean of our and of their answers, over the comparisons that were judged.
+    slots: of the questions decided in both orders, how many follow the first slot, the second, or neither.
     abstentions: how many by reason.
     """
 
@@ -54,6 +55,7 @@ class HeadToHead(Record):
     categories: dict[str, WinRate] = Field(default_factory=dict)
     length_controlled: tuple[float, float, float] | None = None
     length_chars: tuple[float, float] | None = None
+    slots: dict[str, int] = Field(default_factory=dict)
     abstentions: dict[str, int] = Field(default_factory=dict)
 
 
@@ -89,6 +91,7 @@ def head_to_head(comparisons: Sequence[Comparison], judgements: Sequence[Judgeme
         categories={name: win_rate(part, seed=seed) for name, part in ordered} if set(by_category) != {"none"} else {},
         length_controlled=length_controlled(p, length_term(ours, theirs), seed=seed) if judged else None,
         length_chars=(float(ours.mean()), float(theirs.mean())) if judged else None,
+        slots=dict(Counter(judgement.slot for judgement in judgements if judgement.slot)),
         abstentions=dict(Counter(judgement.reason for judgement in judgements if judgement.reason)),
     )
 
@@ -96,17 +99,16 @@ def head_to_head(comparisons: Sequence[Comparison], judgements: Sequence[Judgeme
 def bootstrap_interval(values: Floats, *, seed: int, draws: int = DRAWS) -> tuple[Floats, Floats]:
     """(low, high) [...]: 95 % percentile interval of the mean of `values` [..., n] in [0, 1], prompts resampled.
 
-    Values that are all the same 0 or 1 have no spread to resample, and get their Wilson interval. Several rows are
-    resampled alike (Efron and Tibshirani 1993, Chapter 13).
+    Values that are all the same have no spread to resample, and get the Wilson interval of as many prompts. Several
+    rows are resampled alike (Efron and Tibshirani 1993, Chapter 13).
     """
     n = values.shape[-1]
     counts = generator(seed, "bootstrap").multinomial(n, np.full(n, 1 / n), size=draws)
     low, high = np.quantile(values @ counts.T / n, [0.025, 0.975], axis=-1)
-    same = (values == values[..., :1]).all(axis=-1) & (np.abs(values[..., 0] - 0.5) == 0.5)
-    won = values[..., 0] == 1
-    surely_low, surely_high = wilson_interval(n, n)[0], wilson_interval(0, n)[1]
-    low = np.where(same, np.where(won, surely_low, 0.0), low)
-    return low, np.where(same, np.where(won, 1.0, surely_high), high)
+    same = (values == values[..., :1]).all(axis=-1)
+    wilson = np.array([wilson_interval(n * value, n) for value in values[..., 0].flat])
+    wilson = wilson.reshape(*values.shape[:-1], 2)
+    return np.where(same, wilson[..., 0], low), np.where(same, wilson[..., 1], high)
 
 
 def sign_test(wins: int, losses: int) -> float | None:
@@ -128,14 +130,12 @@ def prompts_needed(values: Floats) -> int | None:
     >>> prompts_needed(np.array([1.0] * 60 + [0.0] * 40))
     191
     """
-    if len(values) < 2 or np.mean(values) == 0.5:
+    difference = abs(float(np.mean(values)) - 0.5) if len(values) > 1 else 0.0
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    # Without a difference no number is enough, and where all are the same, how they would spread is not known.
+    if difference < 1e-9 or spread < 1e-9:
         return None
-    return max(1, int(np.ceil(((Z + POWER_Z) * np.std(values, ddof=1) / (np.mean(values) - 0.5)) ** 2)))
-
-
-def compare_answers(ours: Sequence[Group], theirs: Sequence[Group], annotator: Annotator) -> WinRate:
-    """The win rate of `ours`: the first response of each group against the first of the other's group."""
-    return win_rate(annotator.judge(comparisons_of(ours, theirs)))
+    return int(np.ceil(((Z + POWER_Z) * spread / difference) ** 2))
 
 
 def comparisons_of(ours: Sequence[Group], theirs: Sequence[Group]) -> list[Comparison]:

@@ -22,7 +22,8 @@ function beforeAndAfter() {
   const run = Number(at("of-run").value), before = Number(at("before").value), after = Number(at("after").value);
   return data.answers.filter((row) => row[0] === run && row[2][before] && row[2][after]).map(([, prompt, answers]) => {
     const side = (i) => ({ name: data.models[run][i], text: answers[i][0], cut: answers[i][1], score: null });
-    return { prompt, left: side(before), right: side(after), p: answers[after][2] };
+    // p is against the first model, the start or the other side.
+    return { prompt, left: side(before), right: side(after), p: before === 0 && after !== 0 ? answers[after][2] : null };
   });
 }
 

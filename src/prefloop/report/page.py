@@ -55,7 +55,8 @@ class RunPart:
 
 @dataclass(frozen=True)
 class Page:
-    """All that is on a page. `final`: the last models of several runs side by side; `options`: (name, a value a run,
+    """All that is on a page. `final`: the last models of several runs side by side; `read`: whether patterns were
+    looked for, which are those of training; `options`: (name, a value a run,
     whether they differ).
     """
 
@@ -64,6 +65,7 @@ class Page:
     final: Table | None
     meanings: list[Row]
     charts: list[tuple[str, list[Chart]]]
+    read: bool
     options: list[tuple[str, list[str], bool]]
     samples: dict[str, Any]
 
@@ -87,6 +89,7 @@ def page_of(stories: Sequence[Story]) -> Page:
         else None,
         meanings=[*meanings([row for story in stories for row in cells(story.rounds)])],
         charts=charts(stories),
+        read=not all(story.evaluation for story in stories),
         options=_options(stories),
         samples=samples(stories),
     )
@@ -248,7 +251,7 @@ def _stages(story: Story) -> list[Row]:
 def _facts(story: Story) -> list[Row]:
     """What was run and from what."""
     config, environment = story.config, story.environment
-    names = ("policy", "reference", "pairs", "prompts", "held_out", "annotator", "evaluator", "seed")
+    names = ("policy", "against", "reference", "pairs", "prompts", "held_out", "annotator", "evaluator", "seed")
     versions = [f"{name} {environment[name]}" for name in environment if name not in ("platform", "cpus")]
     engines = dict.fromkeys(
         f"{event['name']} on {event['device']}, {event['dtype']}"

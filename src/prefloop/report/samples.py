@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from prefloop.records import Group, Prompt, Response
+from prefloop.records import Group, Prompt, Response, content_id
 from prefloop.report.story import Story, prompt_text, training_pairs
 
 BUDGET = 13_500_000
@@ -90,7 +90,7 @@ def _answers(story: Story, run: int) -> list[list[Any]]:
     rows: dict[str, list[Any]] = {}
     for i, column in enumerate(columns):
         for group, p in column:
-            row = rows.setdefault(group.prompt.id, [run, group.prompt, [None] * len(columns)])
+            row = rows.setdefault(content_id(group.prompt.messages), [run, group.prompt, [None] * len(columns)])
             response = group.responses[0]
             row[2][i] = [_strip(response), int(response.finish_reason == "length"), _digits(p)]
     return list(rows.values())
@@ -101,7 +101,7 @@ def _strip(response: Response) -> str:
 
 
 def _digits(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _prompt(prompt: Prompt) -> tuple[str, str]:

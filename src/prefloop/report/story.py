@@ -147,7 +147,9 @@ def training_pairs(story: Story, round: Round) -> tuple[str, list[Pair]]:
 
 def _online_pairs(lines: Sequence[str]) -> list[Pair]:
     """Of the record of an online method, the questions that became pairs."""
-    return [_pair_of(row) for row in map(json.loads, lines) if row["outcome"] == "pair"]
+    rows = map(json.loads, lines)
+    # Before 2026-11-21 the record had the prompt's id alone.
+    return [_pair_of(row) for row in rows if row["outcome"] == "pair" and not isinstance(row["prompt"], str)]
 
 
 def _pair_of(row: dict[str, Any]) -> Pair:
@@ -194,6 +196,8 @@ def _read_sides(path: Path, config: dict[str, Any]) -> list[Round]:
         return []
     groups = [Group.from_json(line) for line in (path / COMPARED).read_text(encoding="utf-8").split("\n")[:-1]]
     judged = [json.loads(line) for line in (path / "judgements.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    if len(groups) != len(judged):
+        raise ValueError(f"{COMPARED} has {len(groups)} rows and judgements.jsonl {len(judged)}")
     ours, theirs = ([Group(prompt=g.prompt, responses=(g.responses[i],)) for g in groups] for i in (0, 1))
     return [
         Round(f"against: {config['against']}", answers=theirs),

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from prefloop.evaluate.checkup import Checkup
+from prefloop.evaluate.figures import interval
 from prefloop.report.story import Round, Story
 
 
-def _interval(value: tuple[float, float, float] | None, pattern: str = "{:.2f}") -> str:
-    return "-" if value is None else f"{pattern} [{pattern}, {pattern}]".format(*value)
+def _interval(value: tuple[float, float, float] | None) -> str:
+    return interval(value, "{:.2f}")
 
 
 def _number(value: float | None, pattern: str = "{:+.1f}") -> str:
@@ -78,7 +80,7 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
 def cells(rounds: Sequence[Round]) -> list[list[str]]:
     """One row per figure that any of the models has: its name, and its value for every model."""
     rows = [[name, *(read(round) for round in rounds)] for name, _, read in FIGURES]
-    return [row for row in rows if set(row[1:]) != {"-"}]
+    return [row for row in rows if any(value != "-" for value in row[1:])]
 
 
 def meanings(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
@@ -133,10 +135,10 @@ def _rate(found: dict[str, Any]) -> str:
 
 def terminal_table(story: Story) -> Table:
     """The table for a terminal."""
-    table = Table(title=f"{story.recipe}: {story.path}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(f"{story.recipe}: {story.path}"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for round in story.rounds:
         table.add_column(round.label, justify="right")
     for row in cells(story.rounds):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
