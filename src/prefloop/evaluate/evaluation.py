@@ -254,7 +254,7 @@ def tables(report: Report) -> list[Table]:
     return found
 
 
-def _table(title: str, *columns: str) -> Table:
+def figures_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -263,7 +263,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _win_rate_table(report: Report, found: HeadToHead) -> Table:
     title = f"{report.policy} against {report.against}, judged by {report.annotator}"
-    table = _table(title, "", "win rate, %", "won-lost-tied", "sign test", "needed")
+    table = figures_table(title, "", "win rate, %", "won-lost-tied", "sign test", "needed")
     rows: list[tuple[str, WinRate]] = [("all", found.overall), *found.categories.items()]
     for name, part in rows:
         test = "-" if part.sign_test is None else f"{part.sign_test:.2g}"
@@ -277,7 +277,7 @@ def _win_rate_table(report: Report, found: HeadToHead) -> Table:
 
 
 def _pairs_table(found: ImplicitPairs) -> Table:
-    table = _table(f"implicit reward, beta = {found.beta:g}", "", "pairs", "accuracy, %", "margin")
+    table = figures_table(f"implicit reward, beta = {found.beta:g}", "", "pairs", "accuracy, %", "margin")
     for name, part in [("all", found.overall), *found.categories.items()]:
         table.add_row(name, str(part.pairs), percent(part.accuracy), interval(part.margin))
     for name, score in (found.rewardbench or {}).items():
@@ -289,7 +289,7 @@ def _pairs_table(found: ImplicitPairs) -> Table:
 
 
 def _drift_table(found: Drift) -> Table:
-    table = _table("drift, on own answers", "", "value")
+    table = figures_table("drift, on own answers", "", "value")
     table.add_row("KL a token, nats", interval(found.kl_per_token))
     table.add_row("entropy a token, nats", interval(found.entropy))
     if found.reference_entropy is not None:
