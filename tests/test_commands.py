@@ -38,7 +38,7 @@ def test_the_overview_has_a_line_for_every_command(capsys: pytest.CaptureFixture
     assert main([]) == 0 and main(["--help"]) == 0
     assert capsys.readouterr().out == 2 * (overview() + "\n")
     for name, command in COMMANDS.items():
-        assert f"  {name:<13}{command.line}" in overview()
+        assert f"  {name:<15}{command.line}" in overview()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -69,6 +69,10 @@ COMMANDS = {
                        "prefloop.commands:InspectOptions", "prefloop.commands:inspect"),
     "judge check": Command("steps", "how far an annotator can be trusted, on pairs whose answer is known",
                            "prefloop.commands:JudgeCheckOptions", "prefloop.commands:judge_check"),
+    "arena": Command("steps", "a page on which people vote between answers, blind, side by side",
+                     "prefloop.arena.command:ArenaOptions", "prefloop.arena.command:run_arena"),
+    "arena results": Command("steps", "what they said: win rates, scores, agreement; judgements for eval and oaif",
+                             "prefloop.arena.command:ArenaResultsOptions", "prefloop.arena.command:run_results"),
     "report": Command("steps", "one page of a run, or of several side by side, to open in a browser",
                       "prefloop.commands:ReportOptions", "prefloop.commands:report"),
     "doctor": Command("steps", "what this machine makes of a model: path, parity, memory and time a step",
@@ -87,7 +91,7 @@ def overview() -> str:
              "usage: prefloop COMMAND [OPTIONS]        prefloop COMMAND --help lists the options", ""]  # fmt: skip
     for family in dict.fromkeys(command.family for command in COMMANDS.values()):
         lines.append(f"{family}:")
-        lines += [f"  {name:<13}{command.line}" for name, command in COMMANDS.items() if command.family == family]
+        lines += [f"  {name:<15}{command.line}" for name, command in COMMANDS.items() if command.family == family]
         lines.append("")
     lines += [
         "A recipe keeps its work in a run folder (--out); the same command run again continues it.",
@@ -247,7 +251,11 @@ def recipe_help(name: str, command: Command) -> str:
 def run_step(name: str, command: Command, args: list[str]) -> None:
     """Parse the options of a single step and run it."""
     config: type[Config] = load(command.config)
-    for name_of in ("file", "runs"):  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
+    for name_of in (
+        "file",
+        "runs",
+        "answers",
+    ):  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
         if name_of in config.model_fields and args and not args[0].startswith("-"):
             args = [f"--{name_of}", *args]
     load(command.run)(parse(config, args, prog=f"prefloop {name}"))

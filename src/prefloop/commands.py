@@ -250,11 +250,11 @@ def needed(options: Config, *names: str) -> None:
             raise InputError(f"--{name} is missing: {description}")
 
 
-def new_file(out: str) -> Path:
+def new_file(out: str, option: str = "--out") -> Path:
     """The path of an output. Raises InputError when there is something at it."""
     path = Path(out)
     if path.exists():
-        raise InputError(f"{path} exists already; give another --out, or delete it")
+        raise InputError(f"{path} exists already; give another {option}, or delete it")
     return path
 
 

@@ -45,10 +45,10 @@ def test_the_simulation_judges_as_annotators_do() -> None:
 
 def test_a_bootstrap_interval_is_about_196_standard_errors_wide() -> None:
     values = np.random.default_rng(5).random(400)
-    low, high = bootstrap_interval(values, seed=2, draws=20_000)
+    low, high = bootstrap_interval(values, seed=2, draws=5_000)
     error = values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
-    again = bootstrap_interval(np.stack([values, 1 - values]), seed=2, draws=20_000)
+    again = bootstrap_interval(np.stack([values, 1 - values]), seed=2, draws=5_000)
     assert again[0][0] == pytest.approx(low) and again[1][1] == pytest.approx(1 - low)
 
 

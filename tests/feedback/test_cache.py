@@ -56,7 +56,7 @@ def test_a_write_is_on_the_disk_when_it_returns(file: Path) -> None:
         cache.put({key("a"): {}})
         assert other.execute("SELECT count(*) FROM judgements").fetchone() == (1,)
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert cache._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert cache.database.do(lambda own: own.execute("PRAGMA synchronous").fetchone()) == (2,)
 
 
 def test_all_entries_or_none_are_kept(file: Path) -> None:
@@ -163,7 +163,9 @@ def test_a_newer_format_is_refused(file: Path) -> None:
     JudgementCache(file).close()
     with closing(sqlite3.connect(file)) as other:
         other.execute("PRAGMA user_version = 7")
-    with pytest.raises(InputError, match="a cache of format 7, and this version of prefloop knows 1"):
+    with pytest.raises(
+        InputError, match="sqlite is of format 7, and this version of prefloop knows 1; set PREFLOOP_CACHE"
+    ):
         JudgementCache(file)
 
 

@@ -17,11 +17,11 @@ def launch(play: Any) -> Any:
     return play.chromium.launch(executable_path=executable(), args=["--no-sandbox"])
 
 
-def log_of(tab: Any, said: list[str]) -> None:
-    """Collect what goes wrong in a tab: console errors and warnings, exceptions, requests that leave the file."""
+def log_of(tab: Any, said: list[str], *, home: str = "file:") -> None:
+    """Collect what goes wrong in a tab: console errors and warnings, exceptions, requests that leave home."""
     tab.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: None if request.url.startswith("file:") else said.append(request.url))
+    tab.on("request", lambda request: None if request.url.startswith((home, "data:")) else said.append(request.url))
 
 
 def screenshot(tab: Any, folder: Path | None, name: str) -> None:

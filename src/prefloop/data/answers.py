@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from prefloop.data.files import Rows, read_rows
 from prefloop.data.groups import read_groups
+from prefloop.data.mapping import load_prompts
 from prefloop.errors import InputError
 from prefloop.records import Group, Message, Prompt, Record, Response, content_id
 
@@ -46,6 +47,11 @@ class Answered(Record):
             return self.answers[0]
         first, last = (answer.text.strip() for answer in self.answers)
         return Response(text=f"{first}\n\n[User:]\n{self.second}\n\n[Assistant:]\n{last}")
+
+
+def read_questions(source: str) -> list[Question]:
+    """Raises InputError, in one line, for what cannot be read as prompts or as MT-Bench questions."""
+    return mt_bench_questions(source) or [Question(prompt) for prompt in load_prompts(source).records]
 
 
 def mt_bench_questions(source: str) -> list[Question] | None:

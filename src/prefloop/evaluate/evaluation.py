@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from prefloop.atomic import write_atomically
 from prefloop.commands import needed
@@ -26,7 +23,7 @@ from prefloop.data.answers import Answered, Question, files_of, mt_bench_questio
 from prefloop.data.chat import same_tokenizer
 from prefloop.errors import InputError
 from prefloop.evaluate.drift import drift
-from prefloop.evaluate.figures import COMPARED, FIGURES, Figures, Report, figures_of
+from prefloop.evaluate.figures import COMPARED, FIGURES, Report, figures_of, table_of
 from prefloop.evaluate.implicit_pairs import implicit_pairs
 from prefloop.evaluate.win_rate import head_to_head
 from prefloop.feedback.annotator import Annotator, Comparison, Judgement
@@ -269,13 +266,3 @@ def judgements_of(
             "a win rate of the rest would mislead; use another --annotator, or other prompts"
         )
     return judgements
-
-
-def table_of(figures: Figures) -> Table:
-    """What the terminal shows."""
-    table = Table(title=escape(figures.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(figures.head):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in figures.rows:
-        table.add_row(*map(escape, row))
-    return table

@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
 from prefloop.evaluate.drift import Drift
 from prefloop.evaluate.implicit_pairs import ImplicitPairs
 from prefloop.evaluate.win_rate import HeadToHead, WinRate
@@ -42,6 +46,16 @@ def figures_of(report: Report) -> list[Figures]:
     if report.drift:
         found.append(_drift(report.drift))
     return found
+
+
+def table_of(figures: Figures) -> Table:
+    """What the terminal shows."""
+    table = Table(title=escape(figures.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(figures.head):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in figures.rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _win_rate(report: Report, found: HeadToHead) -> Figures:

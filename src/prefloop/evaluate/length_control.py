@@ -93,7 +93,9 @@ def fit(p: Floats, length: Floats, *, shared: Shared | None = None, weight: Floa
     columns = [np.ones_like(length), length, *([] if shared is None else [shared.difficulty])]
     features = np.stack(columns, axis=1)
     mean = np.array(_prior(shared))[: len(columns)]
-    found = _maximum(features, p, np.ones_like(p) if weight is None else weight, mean, _sds(shared)[: len(columns)])
+    found = posterior_maximum(
+        features, p, np.ones_like(p) if weight is None else weight, mean, _sds(shared)[: len(columns)]
+    )
     return Fit(*found, *(0.0,) * (3 - len(columns)))
 
 
@@ -168,8 +170,11 @@ def _sds(shared: Shared | None) -> tuple[float, float, float]:
     return STRENGTH_SD, LENGTH_SD if shared else UNKNOWN_LENGTH_SD, SLOPE_SD
 
 
-def _maximum(features: Floats, p: Floats, weight: Floats, mean: Floats, sd: Sequence[float]) -> Floats:
-    """Coefficients [C] at the maximum of the posterior; features [N, C], prior mean [C] and standard deviations [C]."""
+def posterior_maximum(features: Floats, p: Floats, weight: Floats, mean: Floats, sd: Sequence[float]) -> Floats:
+    """Coefficients [C] of a logistic regression at the maximum of the posterior, with Gaussian priors.
+
+    features [N, C]; p [N] in [0, 1] and its weight [N]; prior mean [C] and standard deviations [C].
+    """
     from scipy.optimize import minimize
 
     precision = 1 / np.square(sd)

@@ -7,35 +7,26 @@ two answers to one question the first stays. Values are answers and token counts
 
 import json
 import sqlite3
-import threading
-import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from prefloop.atomic import cannot_write
-from prefloop.errors import FeedbackError, InputError
+from prefloop.database import Database, Kind
+from prefloop.errors import FeedbackError
 from prefloop.fingerprints import sha256
 from prefloop.models import cache_folder
 
-T = TypeVar("T")
-FORMAT = 1
-"""Of the table, kept in the file's `user_version`."""
 KEYS_PER_QUERY = 500
 """Older builds of SQLite take no more than 999 values in a statement."""
-SECONDS_BETWEEN_TRIES = 0.01
-OPTIONS = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = FULL;
-"""
-"""Readers go on while another process writes; a commit is on the disk when it returns."""
-TABLE = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = {FORMAT};
-COMMIT;
-"""
+KIND = Kind(
+    name="the cache of judgements",
+    tables="CREATE TABLE IF NOT EXISTS judgements "
+    "(key TEXT PRIMARY KEY, value TEXT NOT NULL, digest TEXT NOT NULL) WITHOUT ROWID;",
+    format=1,
+    error=FeedbackError,
+    elsewhere="set PREFLOOP_CACHE to another folder",
+    lost="what it held is then asked again",
+)
 
 
 class JudgementCache:
@@ -52,14 +43,7 @@ class JudgementCache:
 
     def __init__(self, path: Path | None = None, *, timeout: float = 60.0) -> None:
         self.path = path or cache_folder() / "judgements.sqlite"
-        self.timeout = timeout
-        self._lock = threading.Lock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        self._connection = self._guarded(self._open)
-        self._close = weakref.finalize(self, self._connection.close)
+        self.database = Database(self.path, KIND, timeout=timeout)
 
     @staticmethod
     def key(*parts: Any) -> str:
@@ -68,10 +52,10 @@ class JudgementCache:
 
     def get(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What is kept of these keys, in their order. A damaged entry is forgotten, so that it is asked for again."""
-        rows = self._guarded(lambda: self._select(keys))
+        rows = self.database.do(lambda connection: _select(connection, keys))
         damaged = [key for key, (value, digest) in rows.items() if digest != sha256(key + value)]
         if damaged:
-            self._guarded(lambda: self._delete(damaged))
+            self.database.do(lambda connection: _delete(connection, damaged))
         return {key: json.loads(rows[key][0]) for key in dict.fromkeys(keys) if key in rows and key not in damaged}
 
     def put(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -80,13 +64,13 @@ class JudgementCache:
         Returns what is kept of these keys now: another process may have been first, and who asks again is told that.
         """
         values = {key: json.dumps(value, allow_nan=False) for key, value in entries.items()}
-        self._guarded(lambda: self._insert([(key, text, sha256(key + text)) for key, text in values.items()]))
+        rows = [(key, text, sha256(key + text)) for key, text in values.items()]
+        self.database.do(lambda connection: _insert(connection, rows))
         return self.get(list(entries))
 
     def close(self) -> None:
         """Give the file back; nothing may be asked of the cache after it."""
-        with self._lock:
-            self._close()
+        self.database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -94,81 +78,20 @@ class JudgementCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> sqlite3.Connection:
-        # One connection for all threads, one at a time: opening one for every answer costs five times the writing.
-        connection = sqlite3.connect(self.path, timeout=self.timeout, check_same_thread=False)
-        try:
-            [version] = connection.execute("PRAGMA user_version").fetchone()
-            if version not in (0, FORMAT):
-                raise InputError(
-                    f"{self.path} is a cache of format {version}, and this version of prefloop knows {FORMAT}; set "
-                    "PREFLOOP_CACHE to another folder, or update prefloop"
-                )
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Options and table. SQLite does not wait its time-out where two processes turn a new file to WAL at once."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                connection.executescript(OPTIONS + TABLE)
-                return
-            except sqlite3.OperationalError as error:
-                if not _is_locked(error) or time.monotonic() >= deadline:
-                    raise
-                connection.rollback()
-                time.sleep(SECONDS_BETWEEN_TRIES)
-
-    def _select(self, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
-        found: dict[str, tuple[str, str]] = {}
-        for start in range(0, len(keys), KEYS_PER_QUERY):
-            some = keys[start : start + KEYS_PER_QUERY]
-            marks = ", ".join("?" * len(some))
-            query = f"SELECT key, value, digest FROM judgements WHERE key IN ({marks})"
-            found.update({key: (value, digest) for key, value, digest in self._connection.execute(query, some)})
-        return found
-
-    def _insert(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        with self._connection:
-            self._connection.executemany("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
-
-    def _delete(self, keys: Sequence[str]) -> None:
-        with self._connection:
-            self._connection.executemany("DELETE FROM judgements WHERE key = ?", [(key,) for key in keys])
-
-    def _guarded(self, action: Callable[[], T]) -> T:
-        """`action()` while no other thread uses the connection; SQLite's failures in one line with what to do."""
-        with self._lock:
-            try:
-                return action()
-            except sqlite3.Error as error:
-                raise FeedbackError(f"the cache of judgements {self.path} {self._explain(error)}") from None
-
-    def _explain(self, error: sqlite3.Error) -> str:
-        if _is_locked(error):
-            return (
-                f"has been locked by another process for {self.timeout:g} s; end that process, or set PREFLOOP_CACHE "
-                "to another folder, then run the same command again"
-            )
-        if _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return (
-                f"is damaged ({error}); move it away (what it held is then asked again, unless "
-                "`sqlite3 FILE .recover` brings it back) and run the same command again"
-            )
-        return (
-            f"cannot be read or written ({error}); free some space, make it writable or set PREFLOOP_CACHE to a folder "
-            "on a local disk, then run the same command again"
-        )
+def _select(connection: sqlite3.Connection, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for start in range(0, len(keys), KEYS_PER_QUERY):
+        some = keys[start : start + KEYS_PER_QUERY]
+        marks = ", ".join("?" * len(some))
+        query = f"SELECT key, value, digest FROM judgements WHERE key IN ({marks})"
+        found.update({key: (value, digest) for key, value, digest in connection.execute(query, some)})
+    return found
 
 
-def _code(error: sqlite3.Error) -> int:
-    """The result code of SQLite, without its extended part."""
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[str, str, str]]) -> None:
+    connection.executemany("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
 
 
-def _is_locked(error: sqlite3.Error) -> bool:
-    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+def _delete(connection: sqlite3.Connection, keys: Sequence[str]) -> None:
+    connection.executemany("DELETE FROM judgements WHERE key = ?", [(key,) for key in keys])
