@@ -67,7 +67,6 @@ def prompts_of(job: Job, tokenizer: Any) -> list[Any]:
 
 def ours(job: Job, turn: Connection) -> None:
     """Worker: waits for its turn, does one step as `prefloop oaif` does, reports seconds and loss."""
-    from functools import partial
 
     from prefloop.feedback.registry import load_annotator
     from prefloop.models import load_tokenizer, resolve
@@ -75,8 +74,9 @@ def ours(job: Job, turn: Connection) -> None:
     from prefloop.seeds import derive_seed
     from prefloop.train.config import Compute, Train
     from prefloop.train.learner import Learner
-    from prefloop.train.losses import dpo
+    from prefloop.train.losses import parse_loss
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
     from workloads import peak_memory
 
@@ -92,7 +92,9 @@ def ours(job: Job, turn: Connection) -> None:
         sampling__temperature=TEMPERATURE, sampling__max_new_tokens=job.max_new_tokens
     )
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=compute)
-    learner = Learner(ref, [], loss=partial(dpo, beta=BETA), beta=BETA, config=train, compute=compute, seed=0)
+    learner = Learner(
+        ref, [], objective=PairObjective(parse_loss("dpo", beta=BETA)), config=train, compute=compute, seed=0
+    )
     online = OnlineLearner(learner)
     report(turn, learner.why)
     tokens = 0

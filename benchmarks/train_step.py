@@ -60,14 +60,14 @@ class Job(NamedTuple):
 
 def ours(job: Job, turn: Connection) -> None:
     """Worker: waits for its turn, does the reference pass or one step, reports seconds and loss."""
-    from functools import partial
 
     from prefloop.data.chat import ChatFormat
     from prefloop.models import load_tokenizer, resolve
     from prefloop.train.config import Compute, Lora, Train
     from prefloop.train.learner import Learner
-    from prefloop.train.losses import dpo
+    from prefloop.train.losses import parse_loss
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.reference import token_group, with_reference_logps
     from workloads import WORKLOADS, as_pairs, make_items, matmul_rate, model_flops, peak_memory
 
@@ -81,7 +81,9 @@ def ours(job: Job, turn: Connection) -> None:
         steps=job.pairs // BATCH, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_steps=0,
         lora=Lora(rank=job.lora),
     )  # fmt: skip
-    learner = Learner(ref, pairs, loss=partial(dpo, beta=BETA), beta=BETA, config=config, compute=compute, seed=0)
+    learner = Learner(
+        ref, pairs, objective=PairObjective(parse_loss("dpo", beta=BETA)), config=config, compute=compute, seed=0
+    )
     report(turn, learner.why)
 
     def reference_pass() -> None:

@@ -166,6 +166,10 @@ def one_line(box: str) -> str:
     """The message of a framed error text, without its frame and without the help text below it."""
     message = re.split(r"─{8,}\s*│|Argument helptext|For full helptext", box.replace("\n", " \n"), maxsplit=2)
     text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", " ".join(message[:2])).split())
+    # Of the configuration as a whole, where no option is named.
+    whole = re.search(r"validation errors? for \w+ Value error, (.+?) \[type=value_error", text)
+    if whole:
+        return whole[1]
     refused = re.search(r"validation errors? for \w+ (\S+) (.+?) \[type=[^,]+, input_value=(.+?), input_type=", text)
     if refused:
         name, reason, value = refused.groups()

@@ -11,7 +11,7 @@ Start: an instruction-tuned model pi(0), prompts, an annotator. Step t = 1..T:
    IPO  (h - 1 / (2 beta))^2          beta 1.0
    SLiC max(0, 1 - beta h)            beta 0.002
 
-   all on log-probabilities summed over tokens. pi(0) stays the reference to the end.
+   all on log-probabilities summed over tokens. pi(0) stays the reference to the end. Others: docs/losses.md.
 
 Every N steps the model is looked at: win rate against pi(0) and against itself N steps before, on held-out prompts, by
 an annotator that does not train it.
@@ -33,9 +33,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.atomic import write_atomically
 from prefloop.config import Config, free
@@ -47,7 +47,7 @@ from prefloop.recipes.steps import LookAt, check_room, conclude, load_own_prompt
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
-from prefloop.train.config import Compute, Train
+from prefloop.train.config import Compute, LossName, Train, beta_of, check_loss
 
 if TYPE_CHECKING:
     from prefloop.feedback.annotator import Annotator, Comparison, Judgement
@@ -89,9 +89,7 @@ class OaifConfig(Config):
         default_factory=lambda: Feedback(instruction="helpfulness-scoring"),
         description="the evaluator's own options, with a budget of its own",
     )
-    loss: Literal["dpo", "ipo", "slic"] = Field(
-        default="dpo", description="on summed log-probabilities (paper: all three)"
-    )
+    loss: LossName = "dpo"
     beta: float | None = Field(
         default=None, gt=0, description="of the loss; none: 0.1 for dpo, 1.0 for ipo, 0.002 for slic (paper)"
     )
@@ -117,6 +115,11 @@ class OaifConfig(Config):
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
+
+    @model_validator(mode="after")
+    def _known_loss(self) -> Self:
+        check_loss(self.loss, self.beta, online=True)
+        return self
 
 
 def paper() -> OaifConfig:
@@ -148,7 +151,7 @@ def oaif(cfg: OaifConfig, run: "Run") -> ModelRef:
     if judges.shared:
         run.note(f"warning: the win rates are judged by the annotator that trains the model ({judges.shared}), which "
                  "flatters it; name another --evaluator")  # fmt: skip
-    look = partial(look_at, run, start, [], cfg, beta=beta_of(cfg), prompts=held_out)
+    look = partial(look_at, run, start, [], cfg, beta=beta_of(cfg.loss, cfg.beta), prompts=held_out)
 
     before = look("start", start)
     if not before:
@@ -223,15 +226,15 @@ def align(
     """The T steps. `before`: answers of the start model to the held-out prompts."""
     from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
     from prefloop.train.learner import TRAINING_LOG, Learner, batch_of_step, write_training_log
-    from prefloop.train.losses import LOSSES
+    from prefloop.train.losses import parse_loss
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
 
     scratch, output = stage.scratch, stage.output
     assert scratch is not None and output is not None
-    loss, beta = LOSSES[cfg.loss].function, beta_of(cfg)
-    learner = Learner(start, [], loss=partial(loss, beta=beta), beta=beta, config=cfg.train, compute=cfg.compute,
-                      seed=cfg.seed, stage=stage)  # fmt: skip
+    objective = PairObjective(parse_loss(cfg.loss, beta=cfg.beta))
+    learner = Learner(start, [], objective=objective, config=cfg.train, compute=cfg.compute, seed=cfg.seed, stage=stage)
     online = OnlineLearner(learner, behaviour="start" if cfg.offline else "current")
     records = FeedbackRecords(scratch / "feedback", judges.meters)
     first, log = load_checkpoint(scratch, model=learner.model, optimizer=learner.optimizer)
@@ -346,13 +349,6 @@ def estimate_feedback(cfg: OaifConfig) -> list[str]:
         lines += [f"{role}: {one.times(n / len(questions)).render()}" for one in found]
         lines += [] if found else [f"{role}: {judge.name}: no calls"]
     return lines
-
-
-def beta_of(cfg: OaifConfig) -> float:
-    """The beta given, or that of the loss."""
-    from prefloop.train.losses import LOSSES
-
-    return LOSSES[cfg.loss].beta if cfg.beta is None else cfg.beta
 
 
 def evaluation_is_due(cfg: OaifConfig, log: Sequence[dict[str, Any]], step: int) -> bool:

@@ -36,7 +36,7 @@ class OnlineLearner:
     `behaviour`: whose answers `sample` gives, the current model's or those of the start model (an offline baseline).
     """
 
-    def __init__(self, learner: Learner, *, behaviour: Literal["current", "start"] = "current") -> None:
+    def __init__(self, learner: Learner[Pair], *, behaviour: Literal["current", "start"] = "current") -> None:
         self.learner, self.behaviour = learner, behaviour
         compute, policy = learner.compute, learner.policy
         device = choose_device(compute.device)
@@ -71,7 +71,7 @@ class OnlineLearner:
 
     def step(self, pairs: Sequence[Pair], step: int) -> dict[str, float]:
         """One optimiser step on pairs that were just labelled (`Learner.step`)."""
-        return self.learner.step(self.with_reference_logps(pairs), step)
+        return self.learner.step(self.with_reference_logps(pairs) if self.learner.objective.referenced else pairs, step)
 
     def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with the log-probabilities of the start model."""
