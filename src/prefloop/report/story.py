@@ -13,6 +13,7 @@ from typing import Any
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import Checkup
+from prefloop.evaluate.targets import Asked
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt
 
@@ -22,13 +23,18 @@ TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 
 @dataclass(frozen=True)
 class Round:
-    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ..."""
+    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...
+
+    asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
+    """
 
     label: str
     checkup: Checkup | None = None
     length: LengthCoefficient | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -85,7 +91,7 @@ def read_story(path: Path) -> Story:
     """Read a run folder. Raises InputError when it is not one, or not a whole one."""
     if not (path / "manifest.json").is_file():
         missing = "it has no manifest.json" if path.is_dir() else "there is no such folder"
-        raise InputError(f"{path} is not a run folder: {missing}; name one that prefloop dice, dpo or oaif has made")
+        raise InputError(f"{path} is not a run folder: {missing}; name one that a recipe of prefloop has made")
     config = read_yaml(path / "config.yaml")
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -97,7 +103,7 @@ def read_story(path: Path) -> Story:
             config=config,
             environment=manifest["environment"],
             stages=stages,
-            rounds=[_read_round(path / label, label) for label in labels if label != "data"],
+            rounds=[_read_round(path / label, label, stages) for label in labels if label != "data"],
             events=_read_events(path / "events.jsonl"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,11 +157,13 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _read_round(folder: Path, label: str) -> Round:
+def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> Round:
     def text(name: str) -> str:
         file = folder / name
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
+    own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
+    figures = {name: value for found in own for name, value in found.items()}
     checkup, length = text("checkup.json"), text("length.json")
     return Round(
         label=label,
@@ -163,4 +171,6 @@ def _read_round(folder: Path, label: str) -> Round:
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
+        asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
+        figures=figures,
     )
