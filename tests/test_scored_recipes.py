@@ -1,11 +1,6 @@
 """SFT, FA, RWR and CA end to end on tiny real models: which answers, which weights, which prompts; the bytes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ from prefloop.data.chat import ChatFormat
 from prefloop.data.condition import Condition
 from prefloop.errors import InputError
 from prefloop.models import ModelRef, load_tokenizer
+from prefloop.pairs.replay import hold_out
 from prefloop.pairs.rewards import RewardScale
 from prefloop.recipes.ca import CaConfig, ca
 from prefloop.recipes.fa import FaConfig, fa
@@ -31,7 +27,9 @@ from prefloop.report.page import page_of, render
 from prefloop.report.story import read_story
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
+from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
+from prefloop.train.learner import Learner, batch_of_step
 from tests.tiny import save_tiny_model
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32")
@@ -92,8 +90,7 @@ def plain(start: Path, equal: str, tmp_path_factory: pytest.TempPathFactory) -> 
     ("cls", "options"),
     [
         (FaConfig, {"threshold": -1e9}),
-        (RwrConfig, {}),
-        (RwrConfig, {"temperature": 1e-3, "clip": None}),
+        (RwrConfig, {"temperature": 0.5}),
     ],
 )
 def test_with_equal_rewards_it_is_fine_tuning_to_the_last_bit(
@@ -116,20 +113,18 @@ def test_conditioning_on_equal_rewards_is_fine_tuning_with_a_constant_ending(
     start: Path, equal: str, tmp_path: Path
 ) -> None:
     ended = write(tmp_path / "ended.jsonl", [0.1] * 20, " <rm_score>: 0.00 ")
-    apart = {"held_out": equal_prompts(tmp_path, ""), "train": TRAIN}
-    one = run_it(CaConfig, start, equal, tmp_path / "ca", **apart)
-    other = run_it(SftConfig, start, ended, tmp_path / "sft", **{**apart, "held_out": equal_prompts(tmp_path, " x")})
+    held_out = prompts_in(tmp_path, "Another?")
+    one = run_it(CaConfig, start, equal, tmp_path / "ca", held_out=held_out)
+    other = run_it(SftConfig, start, ended, tmp_path / "sft", held_out=held_out)
     conditioned = demonstrations(one / "round-1/conditioned.jsonl")
     assert conditioned == demonstrations(other / "data/answers.jsonl")
-    # The order of the data goes by position, the choice of validation prompts by id; both are the same here.
     assert weights_of(one) == weights_of(other)
 
 
-def equal_prompts(folder: Path, ending: str) -> str:
-    """A prompt that is in no data, so that nothing is held out of it."""
-    file = folder / f"held{len(ending)}.jsonl"
-    file.write_text(json.dumps({"prompt": f"Another?{ending}"}) + "\n")
-    return str(file)
+def prompts_in(folder: Path, *prompts: str) -> str:
+    """A file of prompts that are in no data, so that nothing is held out of it."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(folder / "prompts.jsonl")
 
 
 def demonstrations(file: Path) -> list[tuple[str, str]]:
@@ -146,8 +141,6 @@ def test_the_answers_above_the_mean_are_kept(start: Path, scored: str, tmp_path:
     assert kept == [text for text, reward in rewards.items() if reward is not None and reward > scale.mean]
     story = read_story(run)
     assert story.rounds[-1].figures["share kept"] == len(kept) / len(rewards)
-    best = run_it(FaConfig, start, scored, tmp_path / "best", keep="best")
-    assert len(demonstrations(best / "round-1/kept.jsonl")) == 9  # one of two to each prompt that is not held out
 
 
 def groups_of(file: Path) -> list[Group]:
@@ -172,6 +165,7 @@ def conditional(start: Path, scored: str, tmp_path_factory: pytest.TempPathFacto
     cfg = CaConfig(
         policy=str(start),
         data=scored,
+        held_out=prompts_in(folder, "One?", "Two?"),
         reward="rule:long",
         condition=Condition(target=2.0),
         targets=(0.0, -1.0),
@@ -188,10 +182,6 @@ def conditional(start: Path, scored: str, tmp_path_factory: pytest.TempPathFacto
 
 def test_only_the_tokens_of_the_answer_are_learned(conditional: Path, start: Path) -> None:
     """The first step's figure against plain transformers with all but the answer masked."""
-    from prefloop.pairs.replay import hold_out
-    from prefloop.seeds import derive_seed
-    from prefloop.train.learner import batch_of_step
-
     groups = groups_of(conditional / "round-1/conditioned.jsonl")
     seed = derive_seed(1, "supervised")
     items = hold_out([Demonstration(prompt=g.prompt, response=g.responses[0]) for g in groups], 2, seed=seed)[0]
@@ -234,9 +224,7 @@ def test_our_own_tools_ask_for_the_target_or_for_another_reward(conditional: Pat
     for asked, reward in ((ref, 2.0), (ref.asking_for(-1.0), -1.0)):
         assert ChatFormat(load_tokenizer(asked)).prompt_ids(prompt) == own.prompt_ids(condition.of(prompt, reward))
     assert len({ref.fingerprint, ref.asking_for(-1.0).fingerprint, ref.asking_for(1.0).fingerprint}) == 3
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "Hi"}) + "\n")
-    command = ["sample", "--policy", str(conditional / "model"), "--prompts", str(prompts),
+    command = ["sample", "--policy", str(conditional / "model"), "--prompts", prompts_in(tmp_path, "Hi"),
                "--sampling.max-new-tokens", "8", "--compute.sampling-dtype", "float32"]  # fmt: skip
     texts = []
     for i, more in enumerate([[], ["--reward", "2"], ["--reward", "-3"]]):
@@ -267,23 +255,23 @@ def test_its_page_shows_rewards_and_what_was_asked_for(conditional: Path) -> Non
     assert "scored.jsonl" in card and "dpo" not in card.partition("## All options")[0]
 
 
-def test_killed_in_training_it_ends_in_the_same_bytes(
-    start: Path, scored: str, conditional: Path, tmp_path: Path
+def test_stopped_in_training_it_ends_in_the_same_bytes(
+    conditional: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cfg.yaml").write_bytes((conditional / "config.yaml").read_bytes())
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "prefloop.cli", "ca", "--config", str(tmp_path / "cfg.yaml"), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    out, command = tmp_path / "stopped", ["ca", "--config", str(conditional / "config.yaml"), "--out"]
+    step = Learner.step
 
-    def seen() -> bool:
-        file = out / "events.jsonl"
-        return file.is_file() and '"event": "step", "step": 2' in file.read_text()
+    def until_the_third(self: Learner, items: Any, number: int) -> dict[str, float]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, items, number)
 
-    while process.poll() is None and not seen():
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (out / "round-1/model").exists()
-    assert main(command[3:]) == 0
+    monkeypatch.setattr(Learner, "step", until_the_third)
+    assert main([*command, str(out)]) == 130
+    assert not (out / "round-1/model").exists()
+    monkeypatch.undo()
+    assert main([*command, str(out)]) == 0
+    assert "continuing from the checkpoint after step 2" in (out / "events.jsonl").read_text()
     names = [file.relative_to(conditional) for file in (conditional / "model").iterdir()]
     assert len(names) > 5 and Path("model/condition.json") in names
     for name in [*names, Path("round-1/targets.jsonl"), Path("round-1/checkup.json")]:
@@ -306,10 +294,10 @@ def test_answers_of_the_start_model_join_those_of_the_data(start: Path, scored: 
 def test_fine_tuning_on_pairs_takes_the_chosen_answers(start: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for pairs, answers in (("chosen", 1), ("both", 2)):
-        run = run_it(SftConfig, start, str(tmp_path / "pairs.jsonl"), tmp_path / pairs, pairs=pairs)
-        assert {len(group.responses) for group in groups_of(run / "data/answers.jsonl")} == {answers}
-        assert not (run / "model/reward_scale.json").exists()
+    run = run_it(SftConfig, start, str(tmp_path / "pairs.jsonl"), tmp_path / "run")
+    answers = [[r.text for r in group.responses] for group in groups_of(run / "data/answers.jsonl")]
+    assert len(answers) == 11 and all(len(own) == 1 and own[0].startswith("yes") for own in answers)
+    assert not (run / "model/reward_scale.json").exists()
 
 
 @pytest.mark.parametrize(

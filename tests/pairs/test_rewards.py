@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from prefloop.train.objective import SupervisedObjective
 
 from prefloop.errors import InputError
 from prefloop.pairs.filters import keep_above, keep_best
@@ -22,6 +21,7 @@ from prefloop.pairs.rewards import (
 from prefloop.records import Demonstration, Group, Prompt, Response
 from prefloop.run import Stage
 from prefloop.train.logprobs import ResponseLogps
+from prefloop.train.objective import SupervisedObjective
 
 NORMAL = np.random.default_rng(0).normal(size=(200, 5))
 
@@ -142,12 +142,15 @@ def test_the_optimum_is_that_of_reinforcement_learning_under_a_kl_penalty(tau: f
         for a, w in zip(answers, found, strict=True)
     ]
     logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
     ones = torch.ones(len(items), dtype=torch.long)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logps = ResponseLogps.of(logits.log_softmax(0)[torch.as_tensor(answers)], ones)
+        each = logits.log_softmax(0)[torch.as_tensor(answers)]
+        logps = ResponseLogps(each, ones, each, None)
         loss = SupervisedObjective("sequence").losses(items, logps)[0].sum() / len(items)
         loss.backward()
         return loss

@@ -16,7 +16,7 @@ from prefloop.records import Demonstration, Group, Record
 from prefloop.run import Stage
 
 SAME = 1e-12
-"""A standard deviation below this share of the largest reward is rounding: all rewards are the same."""
+"""A range below this share of the largest reward is rounding: all rewards are the same."""
 
 
 class RewardScale(Record):
@@ -46,9 +46,10 @@ def reward_scale(groups: Sequence[Group], *, reward: str, stage: Stage | None = 
     if not len(scores):
         raise InputError("there are no rewards: no answer was scored; see the reasons counted where they were")
     mean = math.fsum(scores) / len(scores)
-    std = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-    if std <= SAME * float(np.abs(scores).max()):
-        std = 0.0
+    std = 0.0
+    if np.ptp(scores) > SAME * np.abs(scores).max():
+        std = float(scores.std(ddof=1))
+    else:
         stage.note(f"all {len(scores)} rewards are the same ({mean:g}): every answer has the standardised reward 0")
     stage.figure("mean reward", mean)
     stage.figure("standard deviation", std)

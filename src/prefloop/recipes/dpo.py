@@ -16,8 +16,7 @@ from pydantic import Field
 from prefloop.config import Config
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
-from prefloop.pairs.replay import hold_out
-from prefloop.recipes.steps import LookAt, conclude, look_at, offline_and_held_out, two_models
+from prefloop.recipes.steps import LookAt, conclude, held_back, look_at, offline_and_held_out, two_models
 from prefloop.records import Pair
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -107,11 +106,7 @@ def dpo_round(
     adapter_off = train.lora.rank > 0 and reference.fingerprint == policy.fingerprint
     if not adapter_off:
         pairs = round.stage("training_pairs", with_reference_logps, pairs, reference, compute=compute)
-    watched = min(train.validation_pairs, len(pairs) // 4)
-    if watched < train.validation_pairs:
-        round.run.note(f"{round.label}: {watched} validation pairs, a quarter of {len(pairs)}, not the "
-                       f"{train.validation_pairs} asked for")  # fmt: skip
-    training, validation = hold_out(pairs, watched, seed=seed)
+    training, validation = held_back(round, pairs, train, seed=seed)
     folder = round.stage(
         "model",
         fit,
