@@ -318,7 +318,16 @@ def test_what_cannot_be_done_is_refused_before_anything_is(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_without_a_chat_template_cannot_be_conditional(scored: str, tmp_path: Path) -> None:
+def test_a_threshold_that_no_answer_reaches_is_said(start: Path, scored: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="threshold = 9: no answer has a standardised reward above it; lower it"):
+        run_it(FaConfig, start, scored, tmp_path / "run", threshold=9.0)
+
+
+def test_a_model_without_a_chat_template_or_with_a_conditional_one_cannot_be_made_conditional(
+    scored: str, conditional: Path, tmp_path: Path
+) -> None:
     bare = save_tiny_model(tmp_path / "bare", template=None)
     with pytest.raises(InputError, match="has no chat template, in which the conditioning would be saved"):
         run_it(CaConfig, bare, scored, tmp_path / "run")
+    with pytest.raises(InputError, match="is conditional already"):
+        run_it(CaConfig, conditional / "model", scored, tmp_path / "run")

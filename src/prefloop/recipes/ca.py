@@ -54,7 +54,7 @@ class CaConfig(ScoredConfig):
 def demo() -> CaConfig:
     """The packaged small model on both answers of the packaged pairs, conditioned on the score of a rule."""
     condition = Condition(target=1.5)
-    return CaConfig(reward="rule:helpful-short", condition=condition, targets=(-1.5, 0.0), **demo_options())
+    return CaConfig(reward="rule:helpful-short", condition=condition, targets=(-1.5,), **demo_options())
 
 
 def ca(cfg: CaConfig, run: "Run") -> ModelRef:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from prefloop.errors import InputError
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.filters import keep_above, keep_best
 from prefloop.pairs.rewards import demonstrations, standardise
@@ -54,6 +55,10 @@ def fa(cfg: FaConfig, run: "Run") -> ModelRef:
         kept = round.stage("kept", keep_best, scored)
     else:
         kept = round.stage("kept", keep_above, standardise(scored, scale), threshold=cfg.threshold)
+    if not kept:
+        raise InputError(
+            f"threshold = {cfg.threshold:g}: no answer has a standardised reward above it; lower it or take --keep best"
+        )
     trained = supervised_round(round, policy, demonstrations(kept), cfg, scale=scale)
     look("round-1", trained)
     return conclude(run, trained)

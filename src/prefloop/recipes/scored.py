@@ -90,11 +90,11 @@ def demo_options() -> dict[str, Any]:
         "policy": "smollm2-135m",
         "data": "seed:train",
         "held_out": "seed:held_out",
-        "evaluator": "rule:helpful-short",
         "sampling": Sampling(temperature=0.7, top_p=0.9, max_new_tokens=64),
+        "look_at": LookAt(answers=12, shown=4),
         "train": Train(
-            steps=24, batch_size=8, learning_rate=1e-5, warmup_steps=2, validation_pairs=16, validate_every=12,
-            checkpoint_every=12,
+            steps=16, batch_size=8, learning_rate=2e-5, warmup_steps=2, validation_pairs=8, validate_every=8,
+            checkpoint_every=4,
         ),
     }  # fmt: skip
 
@@ -121,7 +121,8 @@ def load_judges(cfg: SupervisedConfig, run: "Run") -> Judges:
             "scores them, such as --reward rule:helpful-short or reward-model:MODEL"
         )
     reward = None if name == "column" else load(name)
-    evaluator = load(cfg.evaluator) if cfg.evaluator else reward
+    # One and the same where both have one name, so that nothing is loaded or paid twice.
+    evaluator = load(cfg.evaluator) if cfg.evaluator not in ("", name) else reward
     if evaluator and not scores_alone(evaluator):
         said = f"{evaluator.name} only compares two answers, so it cannot score the one that a model is looked at with"
         if cfg.evaluator:
@@ -250,7 +251,12 @@ def fit_supervised(
 
 
 def own_template(model: ModelRef) -> str:
-    """The chat template that a model's tokenizer uses. Raises InputError when there is none."""
+    """The chat template that a model's tokenizer uses. Raises InputError when there is none, or when it conditions."""
+    if (model.path / CONDITION).is_file():
+        raise InputError(
+            f"model {model.name} is conditional already ({CONDITION}): its chat template writes a reward into "
+            "every prompt; name the model that it was trained from"
+        )
     tokenizer = load_tokenizer(model)
     if not tokenizer.chat_template:
         raise InputError(

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 class SftConfig(SupervisedConfig):
     """Options of `prefloop sft`."""
 
-    pairs: Literal["chosen", "both"] = Field(
+    answers: Literal["chosen", "both"] = Field(
         default="chosen", description="of preference pairs: train on the chosen answers, or on both"
     )
 
 
 def demo() -> SftConfig:
     """The packaged small model on the chosen answers of the packaged pairs: minutes on two CPU cores."""
-    return SftConfig(**demo_options())
+    return SftConfig(evaluator="rule:helpful-short", **demo_options())
 
 
 def sft(cfg: SftConfig, run: "Run") -> ModelRef:
     """Fine-tune `cfg.policy` on `cfg.data`; returns the final model, RUN/model."""
     policy = resolve(cfg.policy)
     judges = load_judges(cfg, run)
-    answers, held_out = load_answers(cfg, run, policy, rejected=cfg.pairs == "both")
+    answers, held_out = load_answers(cfg, run, policy, rejected=cfg.answers == "both")
     look = partial(look_at, run, policy, [], cfg, prompts=held_out, evaluator=judges.evaluator)
 
     look("start", policy)

@@ -40,7 +40,7 @@ class Reading:
 def read(story: Story) -> list[Reading]:
     """The patterns that a run shows, in a fixed order."""
     found = (_both_fall, _length_grows, _drifted, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
-             _few_pairs, _few_carry, _coin)  # fmt: skip
+             _few_pairs, _few_carry, _deaf, _coin)  # fmt: skip
     return [reading for find in found for reading in find(story)]
 
 
@@ -258,6 +258,27 @@ def _few_carry(story: Story) -> Iterator[Reading]:
             "model learns those few by heart.",
             (("--temperature", "higher: weights that differ less"), ("--clip", "lower: a smaller largest weight")),
         )
+
+
+def _deaf(story: Story) -> Iterator[Reading]:
+    """A conditional model whose answers do not follow the reward that it is asked for."""
+    for r in story.rounds:
+        known = [(row.target, row.reward) for row in r.asked if row.reward]
+        if len(known) < 2:
+            continue
+        (low, lowest), (high, highest) = known[0], known[-1]
+        if highest[1] <= lowest[2]:
+            yield Reading(
+                (r.label,),
+                f"the model hardly listens to the reward that it is asked for: asked for {low:g} its answers have "
+                f"{lowest[0]:.2f}, asked for {high:g} {highest[0]:.2f} standard deviations, and the 95 % intervals "
+                "overlap.",
+                (
+                    ("--train.steps", "more: the condition is learned late"),
+                    ("--look-at.answers", "more answers narrow the intervals"),
+                    ("--condition.target", "within the rewards of the data"),
+                ),
+            )
 
 
 def _coin(story: Story) -> Iterator[Reading]:
