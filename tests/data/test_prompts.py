@@ -192,7 +192,7 @@ def test_tool_turns_are_taken(tmp_path: Path) -> None:
 
 def test_missing_column_and_no_good_row(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"text": "a", "n": 1})
-    expected = "'prompt', 'instruction', 'question', 'messages', 'conversation', 'conversations'"
+    expected = "'prompt', 'instruction', 'question', 'messages', 'conversation', 'conversations', 'input'"
     assert message_of(lambda: load_prompts(path, on_bad_row="skip")) == (
         f"{path}: no column holds a prompt; columns: 'text', 'n'; expected one of {expected}"
     )

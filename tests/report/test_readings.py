@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from prefloop.evaluate.targets import Asked
 from prefloop.report.readings import judge_counts, read, slot_share, tail_mean
 from prefloop.report.story import Round, Story
 from tests.report.runs import checkup, evaluation, steps
@@ -127,3 +128,24 @@ def test_win_rates_that_part() -> None:
     for same in ("", "rule:a"):
         (text,) = online(0.3, 0.9, same)
         assert "by the annotator that trains the model (rule:a)" in text
+
+
+@pytest.mark.parametrize(("share", "few"), [(0.099, True), (0.1, False)])
+def test_few_answers_carry_the_weight(share: float, few: bool) -> None:
+    told = story(Round("round-1", figures={"effective share": share}), recipe="rwr")
+    assert [text.startswith("few answers carry the weight") for text in said(told)] == [True] * few
+    assert ("--temperature" in remedies(told)) == few
+
+
+@pytest.mark.parametrize(("low", "deaf"), [(0.6, True), (0.61, False)])
+def test_a_conditional_model_that_does_not_listen(low: float, deaf: bool) -> None:
+    asked = [Asked(target=-1.0, answers=8, reward=(0.4, 0.2, 0.6), length_chars=90.0),
+             Asked(target=2.0, answers=8, reward=(0.8, low, 1.0), length_chars=80.0)]  # fmt: skip
+    told = story(Round("round-1", asked=asked), recipe="ca")
+    assert ["asked for 2 0.80 standard deviations" in text for text in said(told)] == [True] * deaf
+    assert said(story(Round("round-1", asked=asked[:1]), recipe="ca")) == []
+
+
+def test_remedies_name_only_options_that_the_recipe_has() -> None:
+    gone = Round("round-1", checkup=checkup(kl_per_token=(1.5, 1.2, 1.8)))
+    assert "--beta" in remedies(story(gone, beta=0.1)) and "--beta" not in remedies(story(gone, recipe="sft"))

@@ -11,14 +11,14 @@ As an annotator (`ImplicitReward`) it does, by the Bradley-Terry model that DPO 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, sigmoid
 from prefloop.models import ModelRef, check_different, choose_device, context_length, load_model, load_tokenizer
 from prefloop.progress import Advance, ignore
-from prefloop.records import Group
+from prefloop.records import Group, Prompt, Response
 from prefloop.run import Stage
 from prefloop.train.config import Compute
 
@@ -61,6 +61,8 @@ class ImplicitReward:
     models have the same weights.
     """
 
+    judges: Literal["response", "pair"] = "response"
+
     def __init__(self, policy: ModelRef, reference: ModelRef, *, beta: float, compute: Compute) -> None:
         from prefloop.train.reference import choose_dtype
 
@@ -78,7 +80,7 @@ class ImplicitReward:
     def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
         def ask(different: Sequence[Comparison]) -> list[Judgement]:
             questions = [self._question(comparison) for comparison in different]
-            rewards = self._rewards([question for question in questions if isinstance(question, _Question)])
+            rewards = self._rewards({q.group: q.prompt_id for q in questions if isinstance(q, _Question)})
             advance(len(different))
             return [
                 abstention(question) if isinstance(question, str) else question.judged(*rewards[question.group])
@@ -87,15 +89,21 @@ class ImplicitReward:
 
         return ask_different(ask, comparisons, advance)
 
-    def _rewards(self, questions: Sequence["_Question"]) -> dict["TokenGroup", tuple[float, float]]:
-        """beta times the implicit reward of both answers of every question's group."""
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """beta (log pi - log pi_ref) of every answer, or why there is none."""
+        groups = [self._tokens(prompt, [response]) for prompt, response in answers]
+        ids = [prompt.id for prompt, _ in answers]
+        rewards = self._rewards({g: id for g, id in zip(groups, ids, strict=True) if not isinstance(g, str)})
+        return [group if isinstance(group, str) else rewards[group][0] for group in groups]
+
+    def _rewards(self, asked_of: "dict[TokenGroup, str]") -> dict["TokenGroup", list[float]]:
+        """beta times the implicit rewards of the responses of every group; `asked_of`: group -> the prompt's id."""
         from prefloop.train.checks import check_finite
         from prefloop.train.reference import model_pass
 
-        if not questions:
+        if not asked_of:
             return {}
         # Each once and sorted: a reward depends neither on the order of the questions nor on the slot of an answer.
-        asked_of = {question.group: question.prompt_id for question in questions}
         groups = sorted(asked_of, key=lambda group: (group.prompt_ids, group.responses))
         sums = []
         for model, ref in zip(self.models, self.refs, strict=True):
@@ -103,24 +111,34 @@ class ImplicitReward:
             check_finite(found.sums, [asked_of[group] for group in groups], ref.name)
             sums.append(found.sums)
         return {
-            group: (self.beta * (ours[0] - theirs[0]), self.beta * (ours[1] - theirs[1]))
+            group: [self.beta * (a - b) for a, b in zip(ours, theirs, strict=True)]
             for group, ours, theirs in zip(groups, *sums, strict=True)
         }
 
     def _question(self, comparison: Comparison) -> "_Question | str":
-        """The token ids of a comparison, or why it cannot be asked."""
+        """The token ids of a comparison, its answers in an order of their own, or why it cannot be asked."""
+        from prefloop.train.packing import TokenGroup
+
+        group = self._tokens(comparison.prompt, [comparison.a, comparison.b])
+        if isinstance(group, str):
+            return group
+        a, b = group.responses
+        return _Question(TokenGroup(group.prompt_ids, (min(a, b), max(a, b))), b < a, comparison.prompt.id)
+
+    def _tokens(self, prompt: Prompt, responses: Sequence[Response]) -> "TokenGroup | str":
+        """The token ids of a prompt and its answers, or why they cannot be scored."""
         from prefloop.train.packing import TokenGroup
 
         try:
-            prompt_ids = tuple(self.chat.prompt_ids(comparison.prompt))
+            prompt_ids = tuple(self.chat.prompt_ids(prompt))
         except InputError:
             return "the models' chat template does not take the conversation"
-        a, b = (self.chat.with_token_ids(response).token_ids or () for response in (comparison.a, comparison.b))
-        if not a or not b:
+        ids = tuple(self.chat.with_token_ids(response).token_ids or () for response in responses)
+        if not all(ids):
             return "an answer without tokens"
-        if self.context is not None and len(prompt_ids) + max(len(a), len(b)) > self.context:
+        if self.context is not None and len(prompt_ids) + max(map(len, ids)) > self.context:
             return f"longer than the models' context of {self.context} tokens"
-        return _Question(TokenGroup(prompt_ids, (min(a, b), max(a, b))), b < a, comparison.prompt.id)
+        return TokenGroup(prompt_ids, ids)
 
 
 class _Question(NamedTuple):

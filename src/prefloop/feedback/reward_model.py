@@ -8,7 +8,7 @@ Nothing of a conversation is ever cut off.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jinja2
 import torch
@@ -39,6 +39,8 @@ class RewardModel:
     InputError when the model has no classifier head with one output.
     """
 
+    judges: Literal["response", "pair"] = "response"
+
     def __init__(self, ref: ModelRef, *, compute: Compute) -> None:
         self.model = load_reward_model(ref, device=choose_device(compute.device))
         self.chat = ChatFormat(load_tokenizer(ref))
@@ -59,6 +61,12 @@ class RewardModel:
             return [_judged(a, b, rewards) for a, b in encoded]
 
         return ask_different(ask, comparisons, advance)
+
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """The reward of every answer, or why there is none."""
+        encoded = [self._encode(prompt, response) for prompt, response in answers]
+        rewards = self.rewards([ids for ids in encoded if not isinstance(ids, str)])
+        return [ids if isinstance(ids, str) else rewards[ids] for ids in encoded]
 
     def rewards(self, conversations: Sequence[Ids]) -> dict[Ids, float]:
         """The reward of every conversation (token ids). Raises FeedbackError when one is not a number."""

@@ -22,6 +22,7 @@ from prefloop.feedback.rules import RULES
 from prefloop.feedback.scorer import load_function
 from prefloop.fingerprints import fingerprint
 from prefloop.progress import Advance, ignore
+from prefloop.records import Prompt, Response
 
 Judges = Literal["response", "pair"]
 NO_ANSWER = "the rule gave no answer"
@@ -57,6 +58,11 @@ class RuleAnnotator:
             return judgements
 
         return ask_different(ask, comparisons, advance)
+
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """The function's number for every answer; for a function of one response (`judges` is "response")."""
+        found = [self._call(prompt, response) for prompt, response in answers]
+        return [NO_ANSWER if number is None else number for number in found]
 
     def _compare(self, comparison: Comparison) -> Judgement:
         a, b = (self._call(comparison.prompt, response) for response in (comparison.a, comparison.b))

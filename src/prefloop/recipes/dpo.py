@@ -20,12 +20,12 @@ from prefloop.config import Config
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.answers import answers_of, mismatched
-from prefloop.pairs.replay import hold_out
 from prefloop.recipes.steps import (
     LookAt,
     answers_and_held_out,
     conclude,
     has_answers,
+    held_back,
     look_at,
     offline_and_held_out,
     two_models,
@@ -145,11 +145,7 @@ def dpo_round(
     if objective.referenced and not adapter_off:
         items = round.stage(f"training_{objective.kind}", with_reference_logps, items, reference, compute=compute,
                             prefixes=objective.prefixes)  # fmt: skip
-    watched = min(train.validation_pairs, len(items) // 4)
-    if watched < train.validation_pairs:
-        round.run.note(f"{round.label}: {watched} validation {objective.kind}, a quarter of {len(items)}, not the "
-                       f"{train.validation_pairs} asked for")  # fmt: skip
-    training, validation = hold_out(items, watched, seed=seed)
+    training, validation = held_back(round, items, train, seed=seed, kind=objective.kind)
     folder = round.stage(
         "model",
         fit,

@@ -14,10 +14,12 @@ def model_card(story: Story) -> str:
     It holds no time and no path, so that the same run writes the same card.
     """
     start = str(story.config.get("policy", ""))
+    data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
+    supervised = "data" in story.config
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["prefloop", story.recipe, "dpo", "preference-optimization"],
+        "tags": ["prefloop", story.recipe, *([] if supervised else ["dpo", "preference-optimization"])],
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
@@ -29,8 +31,8 @@ def model_card(story: Story) -> str:
 
 # {start or "model"} aligned with {story.recipe}
 
-Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the
-pairs `{story.config.get("pairs")}`, with seed {story.config.get("seed")}. Made with {versions}.
+Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on
+`{data}`, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Figures
 
-Held-out pairs: `{story.config.get("held_out")}`.
+Held out: `{story.config.get("held_out")}`.
 
 {markdown_table(story)}
 

@@ -13,7 +13,7 @@ Interval = tuple[float, float, float]
 def charts(stories: Sequence[Story]) -> list[tuple[str, list[Chart]]]:
     """All charts there is something to draw for, by group."""
     groups = [
-        ("Models", [*_by_model(stories), *_frontier(stories)]),
+        ("Models", [*_by_model(stories), *_frontier(stories), *_asked(stories)]),
         ("Win rates", _win_rates(stories)),
         ("Training", _training(stories)),
         ("Length of winners and losers", _length(stories)),
@@ -56,6 +56,14 @@ def _by_model(stories: Sequence[Story]) -> list[Chart]:
             "Should stay where it began: what grows beyond the whiskers is length, whatever the reward says.",
             None,
             lambda c: c.length_chars,
+        ),
+        (
+            "Reward of own answers",
+            "as the evaluator gives it",
+            "Should rise. Whiskers are 95 % intervals over held-out prompts. What gives the reward is not the truth: "
+            "read some answers.",
+            None,
+            lambda c: c.reward,
         ),
         (
             "Drift from the start",
@@ -109,6 +117,30 @@ def _frontier(stories: Sequence[Story]) -> list[Chart]:
     )
     title = "Reward against drift"
     return [Chart(title, "KL, nats a token", "held-out margin", caption, series)] if series else []
+
+
+def _asked(stories: Sequence[Story]) -> list[Chart]:
+    """Of conditional models: the reward of the answers against the reward that was asked for."""
+    series = []
+    for i, story in enumerate(stories):
+        known = [(row.target, row.reward) for r in story.rounds for row in r.asked if row.reward]
+        if known:
+            series.append(
+                Series(
+                    story.name if _several(stories) else "",
+                    [(target, reward[0]) for target, reward in known],
+                    [reward[1:] for _, reward in known],
+                    [f"asked for {number(target)}: {_value(reward)}" for target, reward in known],
+                    colour=i,
+                    dots=True,
+                )
+            )
+    caption = (
+        "In standard deviations above the mean reward of the training data. Should rise: a flat line says that the "
+        "model does not listen to what it is asked for."
+    )
+    title = "Reward asked for and got"
+    return [Chart(title, "asked for", "got", caption, series, level=0.0)] if series else []
 
 
 def _win_rates(stories: Sequence[Story]) -> list[Chart]:
@@ -180,7 +212,7 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
     def watched(name: str) -> list[Series]:
         found = []
         for label, colour, offset, rounds in curves:
-            looks = [(x, row["validation"]) for x, row in _rows(offset, rounds) if "validation" in row]
+            looks = [(x, row.get("validation", {})) for x, row in _rows(offset, rounds)]
             rows = [(x, look[name]) for x, look in looks if name in look]
             if rows:
                 found.append(Series(f"{label} validation", rows, colour=colour, line="none", dots=True, legend=False))
@@ -190,7 +222,7 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         (
             "Loss",
             "mean of a batch",
-            "Falls slowly and stays above zero. Dots are pairs of the round that are not trained on: where they turn "
+            "Falls slowly and stays above zero. Dots are data of the round that is not trained on: where they turn "
             "up while the line falls, stop earlier.",
             [*series("loss"), *watched("loss")],
             None,

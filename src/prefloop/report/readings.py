@@ -20,6 +20,8 @@ ABSTAINS = 0.2
 """A larger share of abstentions is told."""
 DRIFTED = 1.0
 """Nats a token, lower end of the 95 % interval of the KL divergence, above which a model has left its start."""
+CARRIED = 0.1
+"""A smaller effective share of weighted answers is told."""
 USABLE = 0.5
 """A smaller share of prompts that became pairs is told."""
 SATURATED = {"dpo": 3.0, "slic": 1.0}
@@ -38,7 +40,7 @@ class Reading:
 def read(story: Story) -> list[Reading]:
     """The patterns that a run shows, in a fixed order."""
     found = (_both_fall, _length_grows, _drifted, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
-             _few_pairs, _coin)  # fmt: skip
+             _few_pairs, _few_carry, _deaf, _coin)  # fmt: skip
     return [reading for find in found for reading in find(story)]
 
 
@@ -126,7 +128,7 @@ def _drifted(story: Story) -> Iterator[Reading]:
             (
                 ("--train.learning-rate", "lower"),
                 ("--train.steps", "fewer"),
-                ("--beta", "higher: a stronger pull to the reference"),
+                *([("--beta", "higher: a stronger pull to the reference")] if "beta" in story.config else []),
             ),
         )
 
@@ -244,6 +246,39 @@ def _few_pairs(story: Story) -> Iterator[Reading]:
                 ("--filters.min-valid", "lower: fewer valid answers are enough"),
             ),
         )
+
+
+def _few_carry(story: Story) -> Iterator[Reading]:
+    shares = [(r.label, r.figures["effective share"]) for r in story.rounds if "effective share" in r.figures]
+    few = [(label, share) for label, share in shares if share < CARRIED]
+    if few:
+        yield Reading(
+            tuple(label for label, _ in few),
+            f"few answers carry the weight: the effective sample size is {100 * few[-1][1]:.0f} % of the answers. The "
+            "model learns those few by heart.",
+            (("--temperature", "higher: weights that differ less"), ("--clip", "lower: a smaller largest weight")),
+        )
+
+
+def _deaf(story: Story) -> Iterator[Reading]:
+    """A conditional model whose answers do not follow the reward that it is asked for."""
+    for r in story.rounds:
+        known = [(row.target, row.reward) for row in r.asked if row.reward]
+        if len(known) < 2:
+            continue
+        (low, lowest), (high, highest) = known[0], known[-1]
+        if highest[1] <= lowest[2]:
+            yield Reading(
+                (r.label,),
+                f"the model hardly listens to the reward that it is asked for: asked for {low:g} its answers have "
+                f"{lowest[0]:.2f}, asked for {high:g} {highest[0]:.2f} standard deviations, and the 95 % intervals "
+                "overlap.",
+                (
+                    ("--train.steps", "more: the condition is learned late"),
+                    ("--look-at.answers", "more answers narrow the intervals"),
+                    ("--condition.target", "within the rewards of the data"),
+                ),
+            )
 
 
 def _coin(story: Story) -> Iterator[Reading]:

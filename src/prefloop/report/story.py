@@ -15,6 +15,7 @@ from prefloop.config import read_yaml
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import Checkup
 from prefloop.evaluate.figures import COMPARED, FIGURES, Report
+from prefloop.evaluate.targets import Asked
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import recipe_of
@@ -31,6 +32,7 @@ class Round:
     """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...; or a side of an evaluation.
 
     preferred: P(the answer is preferred over the other side's), where an evaluation asked.
+    asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
     """
 
     label: str
@@ -39,6 +41,8 @@ class Round:
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
     preferred: list[float | None] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -113,7 +117,7 @@ def read_story(path: Path) -> Story:
             stages=stages,
             rounds=_read_sides(path, config)
             if evaluated
-            else [_read_round(path / label, label) for label in labels if label != "data"],
+            else [_read_round(path / label, label, stages) for label in labels if label != "data"],
             events=_read_events(path / "events.jsonl"),
             evaluation=Report.from_json((path / FIGURES).read_text(encoding="utf-8")) if evaluated else None,
         )
@@ -205,11 +209,13 @@ def _read_sides(path: Path, config: dict[str, Any]) -> list[Round]:
     ]
 
 
-def _read_round(folder: Path, label: str) -> Round:
+def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> Round:
     def text(name: str) -> str:
         file = folder / name
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
+    own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
+    figures = {name: value for found in own for name, value in found.items()}
     checkup, length = text("checkup.json"), text("length.json")
     return Round(
         label=label,
@@ -217,4 +223,6 @@ def _read_round(folder: Path, label: str) -> Round:
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
+        asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
+        figures=figures,
     )
