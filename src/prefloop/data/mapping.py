@@ -183,7 +183,7 @@ def answers_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | 
             f"{quoted(columns)}{csv_hint(rows)}"
         )
     found = Found(columns)
-    answers, bad_rows = convert(rows, lambda row: _answer(row, prompt, answer, found), on_bad_row)
+    answers, bad_rows = convert_rows(rows, lambda row: _answer(row, prompt, answer, found), on_bad_row)
     prompts = with_ids([one.prompt for one in answers], found)
     answers = [one.model_copy(update={"prompt": prompt}) for one, prompt in zip(answers, prompts, strict=True)]
     return Loaded(answers[:limit], found.mapping(), bad_rows, rows.source)
@@ -301,7 +301,7 @@ def _answer(row: Row, column: str, answer: str, found: Found) -> Answer:
         raise BadRow(f"label = {label!r}: expected true or false")
     found.add("response", answer, form_of(data[answer]) or "")
     found.add("p", "label", "good or bad")
-    weight = number(data, "weight", ("weight",), found)
+    weight = number_of(data, "weight", ("weight",), found)
     given = {} if weight is None else {"weight": weight}
     prompt = identified(data, turns, found)
     return Answer.model_validate({"prompt": prompt, "response": Response(text=response), "p": GOOD[known], **given})
