@@ -10,7 +10,7 @@ As an annotator (`ImplicitReward`) it does, by the Bradley-Terry model that DPO 
     p(a > b) = sigmoid(beta (score(x, a) - score(x, b)))
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefloop.data.chat import ChatFormat
@@ -18,7 +18,7 @@ from prefloop.errors import InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, sigmoid
 from prefloop.models import ModelRef, check_different, choose_device, context_length, load_model, load_tokenizer
 from prefloop.progress import Advance, ignore
-from prefloop.records import Group
+from prefloop.records import Group, Prompt, Response
 from prefloop.run import Stage
 from prefloop.train.config import Compute
 
@@ -61,6 +61,8 @@ class ImplicitReward:
     models have the same weights.
     """
 
+    judges = "response"
+
     def __init__(self, policy: ModelRef, reference: ModelRef, *, beta: float, compute: Compute) -> None:
         from prefloop.train.reference import choose_dtype
 
@@ -78,7 +80,7 @@ class ImplicitReward:
     def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
         def ask(different: Sequence[Comparison]) -> list[Judgement]:
             questions = [self._question(comparison) for comparison in different]
-            rewards = self._rewards([question for question in questions if isinstance(question, _Question)])
+            rewards = self._rewards({q.group: q.prompt_id for q in questions if isinstance(q, _Question)})
             advance(len(different))
             return [
                 abstention(question) if isinstance(question, str) else question.judged(*rewards[question.group])
@@ -87,15 +89,27 @@ class ImplicitReward:
 
         return ask_different(ask, comparisons, advance)
 
-    def _rewards(self, questions: Sequence["_Question"]) -> dict["TokenGroup", tuple[float, float]]:
-        """beta times the implicit reward of both answers of every question's group."""
+    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """beta times the implicit reward of every response; None where it would be an abstention."""
+        encoded = [[self._encode(group.prompt, (response,)) for response in group.responses] for group in groups]
+        rewards = self._rewards(
+            {
+                found: group.prompt.id
+                for group, row in zip(groups, encoded, strict=True)
+                for found in row
+                if not isinstance(found, str)
+            }
+        )
+        return [[None if isinstance(found, str) else rewards[found][0] for found in row] for row in encoded]
+
+    def _rewards(self, asked_of: Mapping["TokenGroup", str]) -> dict["TokenGroup", list[float]]:
+        """beta times the implicit reward of every answer of the groups; with each the id of its prompt."""
         from prefloop.train.checks import check_finite
         from prefloop.train.reference import model_pass
 
-        if not questions:
+        if not asked_of:
             return {}
         # Each once and sorted: a reward depends neither on the order of the questions nor on the slot of an answer.
-        asked_of = {question.group: question.prompt_id for question in questions}
         groups = sorted(asked_of, key=lambda group: (group.prompt_ids, group.responses))
         sums = []
         for model, ref in zip(self.models, self.refs, strict=True):
@@ -103,7 +117,7 @@ class ImplicitReward:
             check_finite(found.sums, [asked_of[group] for group in groups], ref.name)
             sums.append(found.sums)
         return {
-            group: (self.beta * (ours[0] - theirs[0]), self.beta * (ours[1] - theirs[1]))
+            group: [self.beta * (a - b) for a, b in zip(ours, theirs, strict=True)]
             for group, ours, theirs in zip(groups, *sums, strict=True)
         }
 
@@ -111,16 +125,26 @@ class ImplicitReward:
         """The token ids of a comparison, or why it cannot be asked."""
         from prefloop.train.packing import TokenGroup
 
+        group = self._encode(comparison.prompt, (comparison.a, comparison.b))
+        if isinstance(group, str):
+            return group
+        a, b = group.responses
+        return _Question(TokenGroup(group.prompt_ids, (min(a, b), max(a, b))), b < a, comparison.prompt.id)
+
+    def _encode(self, prompt: Prompt, responses: Sequence[Response]) -> "TokenGroup | str":
+        """The token ids of a prompt and its answers, or why there is no reward."""
+        from prefloop.train.packing import TokenGroup
+
         try:
-            prompt_ids = tuple(self.chat.prompt_ids(comparison.prompt))
+            prompt_ids = tuple(self.chat.prompt_ids(prompt))
         except InputError:
             return "the models' chat template does not take the conversation"
-        a, b = (self.chat.with_token_ids(response).token_ids or () for response in (comparison.a, comparison.b))
-        if not a or not b:
+        encoded = tuple(self.chat.with_token_ids(response).token_ids or () for response in responses)
+        if not all(encoded):
             return "an answer without tokens"
-        if self.context is not None and len(prompt_ids) + max(len(a), len(b)) > self.context:
+        if self.context is not None and len(prompt_ids) + max(map(len, encoded)) > self.context:
             return f"longer than the models' context of {self.context} tokens"
-        return _Question(TokenGroup(prompt_ids, (min(a, b), max(a, b))), b < a, comparison.prompt.id)
+        return TokenGroup(prompt_ids, encoded)
 
 
 class _Question(NamedTuple):

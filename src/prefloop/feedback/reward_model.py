@@ -20,7 +20,7 @@ from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, sigmoid
 from prefloop.models import ModelRef, _one_line, _quiet_transformers, choose_device, context_length, load_tokenizer
 from prefloop.progress import Advance, ignore
-from prefloop.records import Prompt, Response
+from prefloop.records import Group, Prompt, Response
 from prefloop.train.config import Compute
 from prefloop.train.logprobs import autocast, rows
 from prefloop.train.packing import TokenGroup
@@ -38,6 +38,8 @@ class RewardModel:
     A conversation that is too long for the model, or that its template does not take, is an abstention. Raises
     InputError when the model has no classifier head with one output.
     """
+
+    judges = "response"
 
     def __init__(self, ref: ModelRef, *, compute: Compute) -> None:
         self.model = load_reward_model(ref, device=choose_device(compute.device))
@@ -59,6 +61,12 @@ class RewardModel:
             return [_judged(a, b, rewards) for a, b in encoded]
 
         return ask_different(ask, comparisons, advance)
+
+    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """The reward of every response; None where it would be an abstention."""
+        encoded = [[self._encode(group.prompt, response) for response in group.responses] for group in groups]
+        found = self.rewards([ids for row in encoded for ids in row if not isinstance(ids, str)])
+        return [[None if isinstance(ids, str) else found[ids] for ids in row] for row in encoded]
 
     def rewards(self, conversations: Sequence[Ids]) -> dict[Ids, float]:
         """The reward of every conversation (token ids). Raises FeedbackError when one is not a number."""

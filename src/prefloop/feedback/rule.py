@@ -22,6 +22,7 @@ from prefloop.feedback.rules import RULES
 from prefloop.feedback.scorer import load_function
 from prefloop.fingerprints import fingerprint
 from prefloop.progress import Advance, ignore
+from prefloop.records import Group
 
 Judges = Literal["response", "pair"]
 NO_ANSWER = "the rule gave no answer"
@@ -57,6 +58,10 @@ class RuleAnnotator:
             return judgements
 
         return ask_different(ask, comparisons, advance)
+
+    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """The function's number for every response; only for a rule that judges single responses."""
+        return [[self._call(group.prompt, response) for response in group.responses] for group in groups]
 
     def _compare(self, comparison: Comparison) -> Judgement:
         a, b = (self._call(comparison.prompt, response) for response in (comparison.a, comparison.b))

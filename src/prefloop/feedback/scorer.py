@@ -1,4 +1,4 @@
-"""Scores from a user's own function: the hook for LLM judges, reward models and rules.
+"""Scores of single responses: from a user's own function, or from an annotator that has them.
 
     def score(groups: list[Group]) -> list[list[float | None]]      # one per response, higher is better
 
@@ -10,13 +10,44 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from prefloop.errors import InputError
+from prefloop.feedback.annotator import Annotator
 from prefloop.records import Group
 from prefloop.run import Stage
 
 Scores = Callable[[Sequence[Group]], Sequence[Sequence[float | None]]]
+
+
+class ScoringAnnotator(Annotator, Protocol):
+    """An annotator whose preferences come from a score of each response by itself.
+
+    `judges` is "response", or "pair" for one of this kind that compares after all (a rule of two responses).
+    """
+
+    judges: str
+
+    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """One number per response, in order, higher is better; None for what it cannot score.
+
+        Each depends on its own prompt and response and on nothing else in the list.
+        """
+        ...
+
+
+def gives_scores(annotator: Annotator) -> TypeGuard[ScoringAnnotator]:
+    return getattr(annotator, "judges", None) == "response" and hasattr(annotator, "scores")
+
+
+def require_scores(annotator: Annotator, *, why: str) -> ScoringAnnotator:
+    """The annotator, if it scores single responses. Raises InputError saying `why` a preference is not enough."""
+    if gives_scores(annotator):
+        return annotator
+    raise InputError(
+        f"annotator {annotator.name} only says which of two answers is preferred; {why}: name rule:NAME (a rule of one "
+        "answer), reward-model:MODEL or implicit-reward:POLICY,REFERENCE, one of them alone"
+    )
 
 
 def load_function(name: str, *, what: str = "scorer", others: str = "'implicit_reward' or ") -> Callable[..., Any]:
@@ -64,3 +95,8 @@ def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None
         )
         scored.append(group.model_copy(update={"responses": responses}))
     return scored
+
+
+def score_by(groups: Sequence[Group], annotator: ScoringAnnotator, *, stage: Stage | None = None) -> list[Group]:
+    """`score_with` the annotator's own scores."""
+    return score_with(groups, annotator.scores, stage=stage)

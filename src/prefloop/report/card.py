@@ -23,6 +23,7 @@ def model_card(story: Story) -> str:
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
                          if story.environment.get(name))  # fmt: skip
+    named = [f"{name} `{story.config[name]}`" for name in ("pairs", "prompts") if story.config.get(name)]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -30,7 +31,7 @@ def model_card(story: Story) -> str:
 # {start or "model"} aligned with {story.recipe}
 
 Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the
-pairs `{story.config.get("pairs")}`, with seed {story.config.get("seed")}. Made with {versions}.
+{" and ".join(named) or "data given"}, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Figures
 
-Held-out pairs: `{story.config.get("held_out")}`.
+Held out: `{story.config.get("held_out") or "a part of these"}`.
 
 {markdown_table(story)}
 

@@ -16,19 +16,25 @@ from prefloop.evaluate.checkup import Checkup
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt
 
+Interval = tuple[float, float, float]
 TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ..."""
+    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...
+
+    reward: mean score of its `answers`; win_rate: of these against the start's; [value, low, high] at 95 %.
+    """
 
     label: str
     checkup: Checkup | None = None
     length: LengthCoefficient | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
+    reward: Interval | None = None
+    win_rate: Interval | None = None
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -156,6 +162,10 @@ def _read_round(folder: Path, label: str) -> Round:
         file = folder / name
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
+    def interval(name: str, key: str) -> Interval | None:
+        value = json.loads(text(name) or "{}").get(key)
+        return tuple(value) if value else None
+
     checkup, length = text("checkup.json"), text("length.json")
     return Round(
         label=label,
@@ -163,4 +173,6 @@ def _read_round(folder: Path, label: str) -> Round:
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
+        reward=interval("reward.json", "reward"),
+        win_rate=interval("win_rate.json", "rate"),
     )

@@ -57,10 +57,12 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         "mean log pi - log pi_start a token of own answers, in nats, as they were sampled; the start is pi(-1)",
         lambda r: _of(r, lambda c: _number(c.kl_per_token and c.kl_per_token[0], "{:.4f}")),
     ),
+    ("reward", "mean score of own answers to held-out prompts, by the annotator, with its 95 % interval",
+     lambda r: _interval(r.reward, "{:.3g}")),
     (
         "win rate",
         "share of held-out prompts on which the evaluator prefers it to the start, at the last evaluation",
-        lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"]) if r.evaluations else "-",
+        lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"] if r.evaluations else r.win_rate),
     ),
 ]  # fmt: skip
 
