@@ -22,6 +22,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from intervals import interval
@@ -118,8 +119,8 @@ def one_run(args: argparse.Namespace, start: ModelRef, fraction: float, seed: in
 def reward(model: ModelRef, held_out: list[Prompt], seed: int) -> float:
     """Mean score of one answer to every held-out prompt."""
     answers = sample(model, held_out, k=1, sampling=SAMPLING, seed=seed, compute=COMPUTE, engine="transformers")
-    scores = [score for row in load_rule(RULE).scores(answers) for score in row if score is not None]
-    return sum(scores) / len(scores)
+    scores = load_rule(RULE).score([(group.prompt, group.responses[0]) for group in answers])
+    return fmean(score for score in scores if not isinstance(score, str))
 
 
 def compared(rows: list[dict[str, Any]], full: list[dict[str, Any]], fraction: float) -> dict[str, Any]:

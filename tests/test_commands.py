@@ -47,7 +47,7 @@ def test_the_help_of_a_command_lists_every_option(name: str, capsys: pytest.Capt
     out = capsys.readouterr().out
     config = load(COMMANDS[name].config)
     for option in option_names(config):
-        if option not in ("--out", "--preset", "--config") or COMMANDS[name].family == "recipes":
+        if option not in ("--out", "--preset", "--config") or COMMANDS[name].is_recipe:
             assert option in out, option
     assert all(field.description for field in config.model_fields.values() if field.annotation in (str, int, float))
 

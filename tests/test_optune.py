@@ -217,7 +217,7 @@ def test_the_report_says_what_an_iteration_took(finished: Path) -> None:
     for row in ("prompts with new answers | 9 | 5 | 5", "seconds of sampling", "seconds of training", "reward"):
         assert f"| {row} |" in report, row
     held_out = groups(finished / "round-3/answers.jsonl")
-    assert json.loads((finished / "round-3/reward.json").read_text())["reward"][0] == pytest.approx(
+    assert json.loads((finished / "round-3/checkup.json").read_text())["reward"][0] == pytest.approx(
         -sum(g.responses[0].length_chars for g in held_out) / len(held_out)
     )
 
@@ -231,7 +231,7 @@ def test_rho_1_and_w_1_is_iterative_dpo_to_the_byte(cfg: OptuneConfig, tmp_path:
         for t in (1, 2):
             drawn = sample(policy, prompts, k=2, sampling=cfg.sampling, seed=derive_seed(0, "sample", t),
                            compute=COMPUTE, engine="transformers")  # fmt: skip
-            made = best_vs_worst(score_by(drawn, load_rule("short")))  # pyright: ignore[reportArgumentType]
+            made = best_vs_worst(score_by(drawn, load_rule("short")))
             policy = dpo_round(run.round(t), policy, start, made, beta=0.1, train=TRAIN, compute=COMPUTE,
                                seed=derive_seed(0, "dpo", t))  # fmt: skip
     assert policy.weights == ModelRef.of(mine / "model").weights
@@ -274,8 +274,8 @@ def test_a_killed_run_ends_in_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("annotator", "said"),
-    [("", "--annotator is missing"), ("judge:PATH", "only says which of two answers is preferred; OPTune orders"),
-     ("rule:short+rule:long", "rule:short \\+ rule:long only says")],
+    [("", "--annotator is missing"), ("judge:PATH", "only compares two answers; OPTune orders"),
+     ("rule:short+rule:long", "rule:short \\+ rule:long only compares")],
 )  # fmt: skip
 def test_an_annotator_without_scores_is_refused(cfg: OptuneConfig, tmp_path: Path, annotator: str, said: str) -> None:
     name = annotator.replace("PATH", cfg.policy)

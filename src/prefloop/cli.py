@@ -33,24 +33,32 @@ class Command:
     presets: tuple[str, ...] = ()
     estimate: str = ""
 
+    @property
+    def is_recipe(self) -> bool:
+        """Whether it works in a run folder."""
+        return self.family.startswith(RECIPES)
+
+
+RECIPES = "recipes"
+PREFERENCES, SCORED = f"{RECIPES}, from preferences", f"{RECIPES}, from answers and their rewards"
 
 COMMANDS = {
     "dice": Command(
-        "recipes",
+        PREFERENCES,
         "bootstrap: sample, rank by the model's own DPO reward, pair, replay, DPO, repeat (arXiv 2406.09760)",
         "prefloop.recipes.dice:DiceConfig",
         "prefloop.recipes.dice:dice",
         ("demo", "paper"),
     ),
     "dpo": Command(
-        "recipes",
+        PREFERENCES,
         "direct preference optimisation on preference pairs (arXiv 2305.18290)",
         "prefloop.recipes.dpo:DpoConfig",
         "prefloop.recipes.dpo:dpo",
         ("demo",),
     ),
     "oaif": Command(
-        "recipes",
+        PREFERENCES,
         "online feedback: every step two fresh answers, an annotator's choice, one step (arXiv 2402.04792)",
         "prefloop.recipes.oaif:OaifConfig",
         "prefloop.recipes.oaif:oaif",
@@ -58,19 +66,27 @@ COMMANDS = {
         "prefloop.recipes.oaif:estimate_feedback",
     ),
     "optune": Command(
-        "recipes",
+        PREFERENCES,
         "online DPO that samples anew for the lowest rewards only, pairs weighed by their gap (arXiv 2406.07657)",
         "prefloop.recipes.optune:OptuneConfig",
         "prefloop.recipes.optune:optune",
         ("demo", "paper"),
     ),
     "osp": Command(
-        "recipes",
+        PREFERENCES,
         "the model judges its own answers against a baseline; soft-preference training (arXiv 2405.14103)",
         "prefloop.recipes.osp:OspConfig",
         "prefloop.recipes.osp:osp",
         ("demo",),
     ),
+    "sft": Command(SCORED, "supervised fine-tuning on answers to imitate", "prefloop.recipes.sft:SftConfig",
+                   "prefloop.recipes.sft:sft", ("demo",)),
+    "fa": Command(SCORED, "filtering alignment: fine-tuning on the answers with a high reward (arXiv 2308.12050)",
+                  "prefloop.recipes.fa:FaConfig", "prefloop.recipes.fa:fa", ("demo",)),
+    "rwr": Command(SCORED, "reward-weighted regression: fine-tuning with a weight for every answer (arXiv 2308.12050)",
+                   "prefloop.recipes.rwr:RwrConfig", "prefloop.recipes.rwr:rwr", ("demo",)),
+    "ca": Command(SCORED, "conditional alignment: prompts say the reward, and ask for a high one (arXiv 2308.12050)",
+                  "prefloop.recipes.ca:CaConfig", "prefloop.recipes.ca:ca", ("demo",)),
     "sample": Command("steps", "K answers of a model to every prompt of a file", "prefloop.commands:SampleOptions",
                       "prefloop.commands:sample"),
     "score": Command("steps", "implicit reward of (prompt, responses) under any policy and reference",
@@ -279,7 +295,7 @@ def dispatch(argv: list[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}.{did_you_mean(name, list(COMMANDS))} See prefloop --help")
     command = COMMANDS[name]
-    run: Callable[[str, Command, list[str]], None] = run_recipe if command.family == "recipes" else run_step
+    run: Callable[[str, Command, list[str]], None] = run_recipe if command.is_recipe else run_step
     run(name, command, args)
 
 

@@ -45,6 +45,11 @@ class SampleOptions(Config):
     prompts: str = Field(default="", description="prompts: a file, a data set folder or hub name, or seed:train")
     out: str = Field(default="groups.jsonl", description="the file to write")
     k: int = Field(default=1, ge=1, description="answers a prompt")
+    reward: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="of a model that prefloop ca made: the reward to ask for, where it is not the model's own target",
+    )
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
     seed: int = Field(default=0, ge=0, description="of every draw")
     sampling: Sampling = Field(default_factory=Sampling)
@@ -118,7 +123,7 @@ class DoctorOptions(Config):
 class ReportOptions(Config):
     """A self-contained page of finished runs, several side by side: figures, charts, what they mean, samples."""
 
-    runs: tuple[str, ...] = Field(default=(), description="run folders, as prefloop dice, dpo and oaif make them")
+    runs: tuple[str, ...] = Field(default=(), description="run folders, as the recipes make them")
     out: str = Field(default="", description="the page to write; RUN/report.html, or report.html here for several runs")
 
 
@@ -129,7 +134,9 @@ def sample(options: SampleOptions) -> None:
     def work(run: Run) -> Sequence[Record]:
         loaded = load_prompts(options.prompts, on_bad_row=options.on_bad_row)
         run.note(f"{options.prompts}: {loaded.mapping.describe()}")
-        return run.stage("groups", sample_stage, resolve(options.policy), loaded.records, k=options.k,
+        policy = resolve(options.policy)
+        policy = policy if options.reward is None else policy.asking_for(options.reward)
+        return run.stage("groups", sample_stage, policy, loaded.records, k=options.k,
                          sampling=options.sampling, seed=options.seed, compute=options.compute,
                          engine=options.engine, server=options.server)  # fmt: skip
 

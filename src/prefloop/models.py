@@ -13,10 +13,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefloop.data.condition import CONDITION, asking_for
 from prefloop.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ DESCRIBES = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_templ
 class ModelRef:
     """A local transformers folder.
 
-    `fingerprint` is a hash of weights, configuration and tokenizer; `weights` of the weights alone.
+    `fingerprint` is a hash of weights, configuration and tokenizer; `weights` of the weights alone. `reward`: what is
+    asked of a conditional model (`prefloop ca`), where it is not what its chat template asks for by itself.
     """
 
     name: str
     path: Path
     fingerprint: str
     weights: str
+    reward: float | None = None
 
     @classmethod
     def of(cls, path: Path, name: str | None = None) -> "ModelRef":
@@ -55,6 +58,18 @@ class ModelRef:
         described = sorted({file for pattern in DESCRIBES for file in path.glob(pattern) if file.is_file()})
         fingerprint = hashlib.sha256((weights + _hash_files(described)).encode()).hexdigest()
         return cls(name=name or str(path), path=path, fingerprint=fingerprint, weights=weights)
+
+    def asking_for(self, reward: float) -> "ModelRef":
+        """A conditional model that is asked for another reward than its target, in standard deviations above the mean.
+
+        Raises InputError for a model that is not conditional.
+        """
+        if not (self.path / CONDITION).is_file():
+            raise InputError(
+                f"model {self.name} cannot be asked for a reward: it has no {CONDITION}; name one that prefloop ca made"
+            )
+        fingerprint = hashlib.sha256(f"{self.fingerprint} reward {float(reward)!r}".encode()).hexdigest()
+        return replace(self, name=f"{self.name} at {reward:g}", fingerprint=fingerprint, reward=reward)
 
 
 def _hash_files(files: Iterable[Path]) -> str:
@@ -225,9 +240,12 @@ def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(ref.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(ref.path, local_files_only=True)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception, a missing backend an ImportError
         raise InputError(f"no tokenizer could be loaded from {ref.path}: {_one_line(error)}") from None
+    if ref.reward is not None:
+        tokenizer.chat_template = asking_for(ref.reward, tokenizer.chat_template)
+    return tokenizer
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -1,47 +1,77 @@
-"""Scores of single responses by annotators: the same numbers that their preferences are made of."""
+"""Annotators as scorers: a score agrees with the preference, and what only compares gives win probabilities."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from prefloop.errors import InputError
-from prefloop.feedback.annotator import sigmoid
-from prefloop.feedback.scorer import require_scores, score_by
+from prefloop.feedback.annotator import Annotator, sigmoid
+from prefloop.feedback.rule import RuleAnnotator, load_rule
+from prefloop.feedback.scorer import ScoresResponses, score_by, scores_alone
 from prefloop.records import Group, Prompt, Response
+from prefloop.run import Stage
 from tests.feedback.annotators import ANNOTATORS, COMPARISONS
 
-GROUPS = [Group(prompt=prompt, responses=(a, b)) for prompt, a, b in COMPARISONS]
+SCALES: dict[str, Callable[[float], float]] = {
+    "rule": lambda d: 0.5 if d == 0 else float(d > 0),
+    "soft rule": lambda d: sigmoid(d / 0.5),
+    "reward model": sigmoid,
+    "implicit reward": sigmoid,
+}
+"""Of annotators that score one response: the preference that a difference of scores means."""
 
 
-@pytest.mark.parametrize(("name", "scale"), [("soft rule", 0.5), ("reward model", 1.0), ("implicit reward", 1.0)])
-def test_a_preference_is_the_sigmoid_of_the_scores_difference(name: str, scale: float, tmp_path: Path) -> None:
-    annotator = require_scores(ANNOTATORS[name](tmp_path), why="")
-    scored = score_by(GROUPS, annotator)
-    judged = annotator.judge(COMPARISONS)
-    for group, judgement in zip(scored, judged, strict=True):
-        a, b = (response.score or 0.0 for response in group.responses)
-        assert judgement.p == pytest.approx(sigmoid((a - b) / scale), abs=1e-5)
+@pytest.fixture
+def annotator(request: pytest.FixtureRequest, tmp_path: Path) -> Annotator:
+    return ANNOTATORS[request.param](tmp_path)
 
 
-@pytest.mark.parametrize("name", ["reward model", "implicit reward"])
-def test_what_cannot_be_scored_has_no_score_and_the_others_keep_theirs(name: str, tmp_path: Path) -> None:
-    annotator = require_scores(ANNOTATORS[name](tmp_path), why="")
-    prompt, a, _ = COMPARISONS[0]
-    three = Group(prompt=prompt, responses=(a, Response(text="x" * 1100), a))
-    [[first, none, last]] = annotator.scores([three])
-    [[alone]] = annotator.scores([Group(prompt=prompt, responses=(a,))])
-    assert none is None and first == last == pytest.approx(alone)
-    assert annotator.scores([]) == []
-    [scored] = score_by([three], annotator)
-    assert scored.responses[1].failure == "the scorer gave none"
+@pytest.mark.parametrize(("annotator", "name"), [(name, name) for name in ANNOTATORS], indirect=["annotator"])
+def test_scores_agree_with_preferences(annotator: Annotator, name: str) -> None:
+    assert scores_alone(annotator) == (name in SCALES)
+    groups = [Group(prompt=prompt, responses=(a, b)) for prompt, a, b in COMPARISONS]
+    scored = [[response.score for response in group.responses] for group in score_by(groups, annotator)]
+    judged = [judgement.p for judgement in annotator.judge(COMPARISONS)]
+    for (a, b), p in zip(scored, judged, strict=True):
+        assert a is not None and b is not None and p is not None
+        # Of two answers, what only compares gives the preference itself.
+        assert p == pytest.approx(SCALES[name](a - b) if name in SCALES else a, abs=1e-5)
+        if name not in SCALES:
+            assert a + b == 1.0
 
 
-@pytest.mark.parametrize("name", ["pair rule", "file", "votes"])
-def test_who_only_compares_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="only says which of two answers is preferred; because"):
-        require_scores(ANNOTATORS[name](tmp_path), why="because")
+def test_a_score_depends_on_its_own_answer_alone(tmp_path: Path) -> None:
+    for name in ("reward model", "implicit reward"):
+        annotator = ANNOTATORS[name](tmp_path)
+        assert isinstance(annotator, ScoresResponses)
+        answers = [(prompt, response) for prompt, a, b in COMPARISONS for response in (a, b)]
+        together = annotator.score(answers)
+        assert annotator.score(answers[::-1]) == together[::-1]
+        assert [annotator.score([answer])[0] for answer in answers] == pytest.approx(together, abs=1e-5)
 
 
-def test_a_rule_scores_with_its_function(tmp_path: Path) -> None:
-    rule = require_scores(ANNOTATORS["rule"](tmp_path), why="")
-    assert rule.scores([Group(prompt=Prompt.of("?"), responses=(Response(text="abc"), Response(text="")))]) == [[-3, 0]]
+def longer_wins(prompt: Prompt, a: Response, b: Response) -> float | None:
+    """Has no opinion on answers to a prompt that ends with a dot."""
+    if prompt.messages[-1].content.endswith("."):
+        return None
+    return 0.5 if a.length_chars == b.length_chars else float(a.length_chars > b.length_chars)
+
+
+def test_the_win_probability_is_the_mean_over_the_other_answers() -> None:
+    def group(prompt: str, *texts: str) -> Group:
+        return Group(prompt=Prompt.of(prompt), responses=tuple(Response(text=text) for text in texts))
+
+    stage = Stage.detached()
+    groups = [group("a?", "x", "xxx", "xx", "yy"), group("b?", "alone"), group("c.", "x", "xx")]
+    scored = score_by(groups, RuleAnnotator(longer_wins, "longer"), stage=stage)
+    assert [response.score for response in scored[0].responses] == pytest.approx([0, 1, 0.5, 0.5])
+    assert [response.score for response in scored[1].responses + scored[2].responses] == [None] * 3
+    assert scored[1].responses[0].failure == "the annotator only compares two answers, and the prompt has no other"
+    assert [response.failure for response in scored[2].responses] == ["the rule gave no answer"] * 2
+    assert stage.counts["answers scored"] == 4
+    assert sum(n for reason, n in stage.counts.items() if reason.startswith("answers without a score")) == 3
+
+
+def test_a_rule_without_an_answer_gives_no_score() -> None:
+    scored = score_by([Group(prompt=Prompt.of("Hi"), responses=(Response(text="x"),))], load_rule("format"))
+    assert (scored[0].responses[0].score, scored[0].responses[0].failure) == (None, "the rule gave no answer")

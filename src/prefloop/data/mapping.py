@@ -22,15 +22,15 @@ from prefloop.config import first_problem
 from prefloop.data.files import Row, Rows, choose_split, read_rows
 from prefloop.data.turns import BadRow, check_prompt, form_of, read_response, read_turns, split_conversations
 from prefloop.errors import InputError, did_you_mean
-from prefloop.records import Message, Pair, Prompt, Response, content_id
+from prefloop.records import Group, Message, Pair, Prompt, Response, content_id
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "messages", "conversation", "conversations")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "messages", "conversation", "conversations", "input")
 ID_COLUMNS = ("prompt_id", "id")
 CATEGORY_COLUMNS = ("category", "subset")
 SCORES = {"chosen_score": ("chosen_score", "score_chosen"), "rejected_score": ("rejected_score", "score_rejected")}
 
 OnBadRow = Literal["error", "skip"]
-R = TypeVar("R", Prompt, Pair)
+R = TypeVar("R", Prompt, Pair, Group)
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,15 @@ def prompts_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | 
         prompts, mapping, bad_rows = [pair.prompt for pair in pairs.records], pairs.mapping, pairs.bad_rows
     else:
         columns = rows.columns
-        column = _prompt_column(columns)
+        column = prompt_column(columns)
         if column is None:
             raise InputError(
-                f"{rows.source}: no column holds a prompt; columns: {_quoted(columns)}; "
-                f"expected one of {_quoted(PROMPT_COLUMNS)}{_csv_hint(rows)}"
+                f"{rows.source}: no column holds a prompt; columns: {quoted(columns)}; "
+                f"expected one of {quoted(PROMPT_COLUMNS)}{csv_hint(rows)}"
             )
-        found = _Found(columns)
-        prompts, bad_rows = _convert(rows, lambda row: _prompt(row, column, found), on_bad_row)
-        prompts = _with_ids(prompts, found)
+        found = Found(columns)
+        prompts, bad_rows = convert_rows(rows, lambda row: _prompt(row, column, found), on_bad_row)
+        prompts = with_ids(prompts, found)
         mapping = found.mapping()
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -140,18 +140,18 @@ def pairs_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | No
     for needed in ("chosen", "rejected"):
         if needed not in columns:
             raise InputError(
-                f"{rows.source}: there is no column {needed!r}; columns: {_quoted(columns)}; pairs need 'chosen', "
-                f"'rejected' and a prompt, or whole conversations{_csv_hint(rows)}.{did_you_mean(needed, columns)}"
+                f"{rows.source}: there is no column {needed!r}; columns: {quoted(columns)}; pairs need 'chosen', "
+                f"'rejected' and a prompt, or whole conversations{csv_hint(rows)}.{did_you_mean(needed, columns)}"
             )
-    found = _Found(columns)
-    column = _prompt_column(columns)
-    pairs, bad_rows = _convert(rows, lambda row: _pair(row, column, found), on_bad_row)
-    prompts = _with_ids([pair.prompt for pair in pairs], found)
+    found = Found(columns)
+    column = prompt_column(columns)
+    pairs, bad_rows = convert_rows(rows, lambda row: _pair(row, column, found), on_bad_row)
+    prompts = with_ids([pair.prompt for pair in pairs], found)
     pairs = [pair.model_copy(update={"prompt": prompt}) for pair, prompt in zip(pairs, prompts, strict=True)]
     return Loaded(pairs[:limit], found.mapping(), bad_rows, rows.source)
 
 
-class _Found:
+class Found:
     """Collects, row by row, which column became which field in which form."""
 
     def __init__(self, columns: list[str]) -> None:
@@ -176,7 +176,7 @@ class _Found:
         )
 
 
-def _convert(rows: Rows, convert: Callable[[Row], R], on_bad_row: OnBadRow) -> tuple[list[R], list[SkippedRow]]:
+def convert_rows(rows: Rows, convert: Callable[[Row], R], on_bad_row: OnBadRow) -> tuple[list[R], list[SkippedRow]]:
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row = {on_bad_row!r}: expected 'error' or 'skip'")
     records: list[R] = []
@@ -196,25 +196,25 @@ def _convert(rows: Rows, convert: Callable[[Row], R], on_bad_row: OnBadRow) -> t
     return records, bad_rows
 
 
-def _prompt(row: Row, column: str, found: _Found) -> Prompt:
+def _prompt(row: Row, column: str, found: Found) -> Prompt:
     """A row of a prompts file: the conversation, less its last answer when it ends with one."""
-    if _is_own(row):
+    if is_own(row):
         found.note("prompts as prefloop writes them", "prompt")
         prompt = Prompt.model_validate(row.data["prompt"])
         check_prompt(prompt.messages)
         return prompt
-    turns = _prompt_turns(row.data, column, found)
+    turns = prompt_turns(row.data, column, found)
     if len(turns) > 1 and turns[-1].role == "assistant":
         turns = turns[:-1]
         found.note("the last answer of a conversation is left out")
     check_prompt(turns)
-    return _identified(row.data, turns, found)
+    return identified(row.data, turns, found)
 
 
-def _pair(row: Row, column: str | None, found: _Found) -> Pair:
+def _pair(row: Row, column: str | None, found: Found) -> Pair:
     """A row of a pairs file."""
     data = row.data
-    if _is_own(row):
+    if is_own(row):
         found.note("pairs as prefloop writes them", *data)
         pair = Pair.model_validate(data)
         check_prompt(pair.prompt.messages)
@@ -223,7 +223,7 @@ def _pair(row: Row, column: str | None, found: _Found) -> Pair:
         if data.get(needed) is None:
             raise BadRow(f"there is no {needed!r}; expected an answer")
     if column is not None and data.get(column) is not None:
-        turns = _prompt_turns(data, column, found)
+        turns = prompt_turns(data, column, found)
         check_prompt(turns)
         chosen, rejected = (read_response(data[name], name, turns) for name in ("chosen", "rejected"))
     else:
@@ -234,10 +234,10 @@ def _pair(row: Row, column: str | None, found: _Found) -> Pair:
     for name in ("chosen", "rejected"):
         form = form_of(data[name])
         found.add(name, name, form if form == "text" else f"{form}, last assistant turn")
-    numbers = {name: _number(data, name, (name,), found) for name in ("p", "weight")}
-    numbers |= {name: _number(data, name, columns, found) for name, columns in SCORES.items()}
+    numbers = {name: number_of(data, name, (name,), found) for name in ("p", "weight")}
+    numbers |= {name: number_of(data, name, columns, found) for name, columns in SCORES.items()}
     given = {name: value for name, value in numbers.items() if value is not None}
-    prompt = _identified(data, turns, found)
+    prompt = identified(data, turns, found)
     responses = {"chosen": Response(text=chosen), "rejected": Response(text=rejected)}
     return _checked(Pair.model_validate({"prompt": prompt, **responses, **given}))
 
@@ -251,13 +251,13 @@ def _checked(pair: Pair) -> Pair:
     return pair
 
 
-def _is_own(row: Row) -> bool:
+def is_own(row: Row) -> bool:
     """Whether the row is a group or a pair that prefloop wrote."""
     prompt = row.data.get("prompt")
     return isinstance(prompt, dict) and "messages" in prompt
 
 
-def _prompt_turns(data: dict[str, Any], column: str, found: _Found) -> list[Message]:
+def prompt_turns(data: dict[str, Any], column: str, found: Found) -> list[Message]:
     value = data.get(column)
     if value is None:
         raise BadRow(f"there is no prompt in column {column!r}; expected text or a list of messages")
@@ -269,7 +269,7 @@ def _prompt_turns(data: dict[str, Any], column: str, found: _Found) -> list[Mess
     return _with_system(turns, data, found)
 
 
-def _with_system(turns: list[Message], data: dict[str, Any], found: _Found) -> list[Message]:
+def _with_system(turns: list[Message], data: dict[str, Any], found: Found) -> list[Message]:
     """The turns behind the system message of column `system`, when the row has one."""
     system = _text(data, "system")
     if not system:
@@ -283,7 +283,7 @@ def _with_system(turns: list[Message], data: dict[str, Any], found: _Found) -> l
     return [message, *turns]
 
 
-def _identified(data: dict[str, Any], turns: list[Message], found: _Found) -> Prompt:
+def identified(data: dict[str, Any], turns: list[Message], found: Found) -> Prompt:
     category = None
     for column in CATEGORY_COLUMNS:
         if category is None and (category := _text(data, column)):
@@ -305,7 +305,7 @@ def _text(data: dict[str, Any], column: str) -> str | None:
     return str(value)
 
 
-def _number(data: dict[str, Any], field: str, columns: Iterable[str], found: _Found) -> Any:
+def number_of(data: dict[str, Any], field: str, columns: Iterable[str], found: Found) -> Any:
     """An optional number, not yet checked."""
     for column in columns:
         if data.get(column) is not None:
@@ -314,7 +314,7 @@ def _number(data: dict[str, Any], field: str, columns: Iterable[str], found: _Fo
     return None
 
 
-def _with_ids(prompts: list[Prompt], found: _Found) -> list[Prompt]:
+def with_ids(prompts: list[Prompt], found: Found) -> list[Prompt]:
     """The prompts with ids that are equal exactly when the conversations are.
 
     A conversation keeps the first id that was given to it, unless another conversation has that id too.
@@ -330,15 +330,15 @@ def _with_ids(prompts: list[Prompt], found: _Found) -> list[Prompt]:
     return [prompt.model_copy(update={"id": id}) for prompt, id in zip(prompts, ids, strict=True)]
 
 
-def _prompt_column(columns: Iterable[str]) -> str | None:
+def prompt_column(columns: Iterable[str]) -> str | None:
     return next((column for column in PROMPT_COLUMNS if column in columns), None)
 
 
-def _quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _csv_hint(rows: Rows) -> str:
+def csv_hint(rows: Rows) -> str:
     return " (the first line of a CSV file names the columns)" if ".csv" in rows.source else ""
 
 

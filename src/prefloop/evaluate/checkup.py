@@ -18,6 +18,7 @@ class Checkup(Record):
     chosen_change, rejected_change: mean change of the summed log-probability of held-out responses.
     chosen_nll_per_token: of the held-out chosen responses under this model.
     length_chars, length_tokens, finished: of own answers to held-out prompts.
+    reward: of these answers, where someone scores them, [value, low, high]; as given, not standardised.
     kl_per_token: estimate of KL(pi || pi_start) per token from own answers, [value, low, high].
     """
 
@@ -32,6 +33,7 @@ class Checkup(Record):
     length_chars: tuple[float, float, float] | None = None
     length_tokens: float | None = None
     finished: float | None = None
+    reward: tuple[float, float, float] | None = None
     kl_per_token: tuple[float, float, float] | None = None
 
 
@@ -82,4 +84,7 @@ def checkup(
             "finished": float(np.mean([response.finish_reason == "stop" for response in responses])),
             "kl_per_token": mean_interval(drift),
         }
+    rewards = [response.score for response in responses if response.score is not None]
+    if rewards:
+        figures["reward"] = mean_interval(rewards)
     return Checkup.model_validate(figures)

@@ -10,8 +10,8 @@ As an annotator (`ImplicitReward`) it does, by the Bradley-Terry model that DPO 
     p(a > b) = sigmoid(beta (score(x, a) - score(x, b)))
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
@@ -61,7 +61,7 @@ class ImplicitReward:
     models have the same weights.
     """
 
-    judges = "response"
+    judges: Literal["response", "pair"] = "response"
 
     def __init__(self, policy: ModelRef, reference: ModelRef, *, beta: float, compute: Compute) -> None:
         from prefloop.train.reference import choose_dtype
@@ -89,21 +89,15 @@ class ImplicitReward:
 
         return ask_different(ask, comparisons, advance)
 
-    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """beta times the implicit reward of every response; None where it would be an abstention."""
-        encoded = [[self._encode(group.prompt, (response,)) for response in group.responses] for group in groups]
-        rewards = self._rewards(
-            {
-                found: group.prompt.id
-                for group, row in zip(groups, encoded, strict=True)
-                for found in row
-                if not isinstance(found, str)
-            }
-        )
-        return [[None if isinstance(found, str) else rewards[found][0] for found in row] for row in encoded]
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """beta (log pi - log pi_ref) of every answer, or why there is none."""
+        groups = [self._tokens(prompt, [response]) for prompt, response in answers]
+        ids = [prompt.id for prompt, _ in answers]
+        rewards = self._rewards({g: id for g, id in zip(groups, ids, strict=True) if not isinstance(g, str)})
+        return [group if isinstance(group, str) else rewards[group][0] for group in groups]
 
-    def _rewards(self, asked_of: Mapping["TokenGroup", str]) -> dict["TokenGroup", list[float]]:
-        """beta times the implicit reward of every answer of the groups; with each the id of its prompt."""
+    def _rewards(self, asked_of: "dict[TokenGroup, str]") -> dict["TokenGroup", list[float]]:
+        """beta times the implicit rewards of the responses of every group; `asked_of`: group -> the prompt's id."""
         from prefloop.train.checks import check_finite
         from prefloop.train.reference import model_pass
 
@@ -122,29 +116,29 @@ class ImplicitReward:
         }
 
     def _question(self, comparison: Comparison) -> "_Question | str":
-        """The token ids of a comparison, or why it cannot be asked."""
+        """The token ids of a comparison, its answers in an order of their own, or why it cannot be asked."""
         from prefloop.train.packing import TokenGroup
 
-        group = self._encode(comparison.prompt, (comparison.a, comparison.b))
+        group = self._tokens(comparison.prompt, [comparison.a, comparison.b])
         if isinstance(group, str):
             return group
         a, b = group.responses
         return _Question(TokenGroup(group.prompt_ids, (min(a, b), max(a, b))), b < a, comparison.prompt.id)
 
-    def _encode(self, prompt: Prompt, responses: Sequence[Response]) -> "TokenGroup | str":
-        """The token ids of a prompt and its answers, or why there is no reward."""
+    def _tokens(self, prompt: Prompt, responses: Sequence[Response]) -> "TokenGroup | str":
+        """The token ids of a prompt and its answers, or why they cannot be scored."""
         from prefloop.train.packing import TokenGroup
 
         try:
             prompt_ids = tuple(self.chat.prompt_ids(prompt))
         except InputError:
             return "the models' chat template does not take the conversation"
-        encoded = tuple(self.chat.with_token_ids(response).token_ids or () for response in responses)
-        if not all(encoded):
+        ids = tuple(self.chat.with_token_ids(response).token_ids or () for response in responses)
+        if not all(ids):
             return "an answer without tokens"
-        if self.context is not None and len(prompt_ids) + max(map(len, encoded)) > self.context:
+        if self.context is not None and len(prompt_ids) + max(map(len, ids)) > self.context:
             return f"longer than the models' context of {self.context} tokens"
-        return TokenGroup(prompt_ids, encoded)
+        return TokenGroup(prompt_ids, ids)
 
 
 class _Question(NamedTuple):

@@ -8,7 +8,7 @@ Nothing of a conversation is ever cut off.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jinja2
 import torch
@@ -20,7 +20,7 @@ from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, sigmoid
 from prefloop.models import ModelRef, _one_line, _quiet_transformers, choose_device, context_length, load_tokenizer
 from prefloop.progress import Advance, ignore
-from prefloop.records import Group, Prompt, Response
+from prefloop.records import Prompt, Response
 from prefloop.train.config import Compute
 from prefloop.train.logprobs import autocast, rows
 from prefloop.train.packing import TokenGroup
@@ -39,7 +39,7 @@ class RewardModel:
     InputError when the model has no classifier head with one output.
     """
 
-    judges = "response"
+    judges: Literal["response", "pair"] = "response"
 
     def __init__(self, ref: ModelRef, *, compute: Compute) -> None:
         self.model = load_reward_model(ref, device=choose_device(compute.device))
@@ -62,11 +62,11 @@ class RewardModel:
 
         return ask_different(ask, comparisons, advance)
 
-    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """The reward of every response; None where it would be an abstention."""
-        encoded = [[self._encode(group.prompt, response) for response in group.responses] for group in groups]
-        found = self.rewards([ids for row in encoded for ids in row if not isinstance(ids, str)])
-        return [[None if isinstance(ids, str) else found[ids] for ids in row] for row in encoded]
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """The reward of every answer, or why there is none."""
+        encoded = [self._encode(prompt, response) for prompt, response in answers]
+        rewards = self.rewards([ids for ids in encoded if not isinstance(ids, str)])
+        return [ids if isinstance(ids, str) else rewards[ids] for ids in encoded]
 
     def rewards(self, conversations: Sequence[Ids]) -> dict[Ids, float]:
         """The reward of every conversation (token ids). Raises FeedbackError when one is not a number."""

@@ -22,7 +22,7 @@ from prefloop.feedback.rules import RULES
 from prefloop.feedback.scorer import load_function
 from prefloop.fingerprints import fingerprint
 from prefloop.progress import Advance, ignore
-from prefloop.records import Group
+from prefloop.records import Prompt, Response
 
 Judges = Literal["response", "pair"]
 NO_ANSWER = "the rule gave no answer"
@@ -59,9 +59,10 @@ class RuleAnnotator:
 
         return ask_different(ask, comparisons, advance)
 
-    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """The function's number for every response; only for a rule that judges single responses."""
-        return [[self._call(group.prompt, response) for response in group.responses] for group in groups]
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """The function's number for every answer; for a function of one response (`judges` is "response")."""
+        found = [self._call(prompt, response) for prompt, response in answers]
+        return [NO_ANSWER if number is None else number for number in found]
 
     def _compare(self, comparison: Comparison) -> Judgement:
         a, b = (self._call(comparison.prompt, response) for response in (comparison.a, comparison.b))

@@ -1,8 +1,12 @@
-"""Scores of single responses: from a user's own function, or from an annotator that has them.
+"""Scores of responses, higher is better: from a user's own function, or from an annotator.
 
-    def score(groups: list[Group]) -> list[list[float | None]]      # one per response, higher is better
+    def score(groups: list[Group]) -> list[list[float | None]]      # one per response
 
 None means that this response could not be scored; it is dropped and counted, never given a made-up number.
+
+An annotator that judges one response at a time (`ScoresResponses`: a rule, a reward model, an implicit reward) gives
+its own score. One that only compares two gives a response the mean probability of being preferred over the prompt's
+other responses, which tells the answers to one prompt apart and says nothing between prompts.
 """
 
 import importlib
@@ -10,44 +14,28 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeGuard
+from itertools import combinations
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from prefloop.errors import InputError
-from prefloop.feedback.annotator import Annotator
-from prefloop.records import Group
+from prefloop.feedback.annotator import Annotator, Comparison
+from prefloop.records import Group, Prompt, Response
 from prefloop.run import Stage
 
 Scores = Callable[[Sequence[Group]], Sequence[Sequence[float | None]]]
 
+NO_OTHER = "the annotator only compares two answers, and the prompt has no other"
 
-class ScoringAnnotator(Annotator, Protocol):
-    """An annotator whose preferences come from a score of each response by itself.
 
-    `judges` is "response", or "pair" for one of this kind that compares after all (a rule of two responses).
-    """
+@runtime_checkable
+class ScoresResponses(Protocol):
+    """An annotator that can tell how good one response is, where `judges` is "response"."""
 
-    judges: str
+    judges: Literal["response", "pair"]
 
-    def scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """One number per response, in order, higher is better; None for what it cannot score.
-
-        Each depends on its own prompt and response and on nothing else in the list.
-        """
+    def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
+        """A score of every answer, or why there is none."""
         ...
-
-
-def gives_scores(annotator: Annotator) -> TypeGuard[ScoringAnnotator]:
-    return getattr(annotator, "judges", None) == "response" and hasattr(annotator, "scores")
-
-
-def require_scores(annotator: Annotator, *, why: str) -> ScoringAnnotator:
-    """The annotator, if it scores single responses. Raises InputError saying `why` a preference is not enough."""
-    if gives_scores(annotator):
-        return annotator
-    raise InputError(
-        f"annotator {annotator.name} only says which of two answers is preferred; {why}: name rule:NAME (a rule of one "
-        "answer), reward-model:MODEL or implicit-reward:POLICY,REFERENCE, one of them alone"
-    )
 
 
 def load_function(name: str, *, what: str = "scorer", others: str = "'implicit_reward' or ") -> Callable[..., Any]:
@@ -97,6 +85,56 @@ def score_with(groups: Sequence[Group], function: Scores, *, stage: Stage | None
     return scored
 
 
-def score_by(groups: Sequence[Group], annotator: ScoringAnnotator, *, stage: Stage | None = None) -> list[Group]:
-    """`score_with` the annotator's own scores."""
-    return score_with(groups, annotator.scores, stage=stage)
+def scores_alone(annotator: Annotator) -> bool:
+    """Whether an annotator can score a response without another to compare it with."""
+    return isinstance(annotator, ScoresResponses) and annotator.judges == "response"
+
+
+def score_by(groups: Sequence[Group], annotator: Annotator, *, stage: Stage | None = None) -> list[Group]:
+    """The groups with `score` from an annotator; where it gives none, a failure with the reason, which is counted.
+
+    An annotator that only compares: the mean over the prompt's other responses of P(this one is preferred), which sums
+    to half the number of responses where it never abstains. A prompt takes n (n - 1) / 2 questions.
+    """
+    stage = stage or Stage.detached()
+    flat = [(group.prompt, response) for group in groups for response in group.responses]
+    if isinstance(annotator, ScoresResponses) and annotator.judges == "response":
+        with stage.progress(1, unit="pass", description=f"scored by {annotator.name}") as advance:
+            found = annotator.score(flat)
+            advance(1)
+    else:
+        found = _win_probabilities(groups, annotator, stage)
+    scores = iter(found)
+    scored = [
+        group.model_copy(update={"responses": tuple(_scored(r, next(scores), stage) for r in group.responses)})
+        for group in groups
+    ]
+    stage.count("answers scored", sum(r.score is not None for group in scored for r in group.responses))
+    return scored
+
+
+def _win_probabilities(groups: Sequence[Group], annotator: Annotator, stage: Stage) -> list[float | str]:
+    from prefloop.feedback.stage import ask
+
+    places = [(g, i, j) for g, group in enumerate(groups) for i, j in combinations(range(len(group.responses)), 2)]
+    questions = [Comparison(groups[g].prompt, groups[g].responses[i], groups[g].responses[j]) for g, i, j in places]
+    won: list[list[list[float]]] = [[[] for _ in group.responses] for group in groups]
+    reasons: dict[tuple[int, int], str] = {}
+    for (g, i, j), judgement in zip(places, ask(questions, annotator, stage=stage), strict=True):
+        if judgement.p is None:
+            reasons |= {(g, i): str(judgement.reason), (g, j): str(judgement.reason)}
+        else:
+            won[g][i].append(judgement.p)
+            won[g][j].append(1.0 - judgement.p)
+    return [
+        math.fsum(values) / len(values) if values else reasons.get((g, i), NO_OTHER)
+        for g, own in enumerate(won)
+        for i, values in enumerate(own)
+    ]
+
+
+def _scored(response: Response, found: float | str, stage: Stage) -> Response:
+    if isinstance(found, str):
+        stage.count(f"answers without a score: {found}")
+        return response.model_copy(update={"score": None, "failure": found})
+    return response.model_copy(update={"score": found, "failure": None})

@@ -1,4 +1,4 @@
-"""Which responses may become pairs: finished ones of usable length, with a score.
+"""Which responses may become pairs or demonstrations: finished ones of usable length, with a score, with a high one.
 
 `keep_finished` goes before scoring, so that no scoring is spent on answers that will be dropped; `keep_scored` goes
 after it. A response is counted under the first reason that applies, and kept and dropped responses sum to those that
@@ -7,6 +7,7 @@ came in.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import inf
 
 from prefloop.errors import InputError
 from prefloop.pairs.tables import has_score
@@ -40,6 +41,39 @@ def keep_finished(
 def keep_scored(groups: Sequence[Group], *, min_valid: int = 2, stage: Stage | None = None) -> list[Group]:
     """Drop responses without a finite score, counted with their `failure`, then prompts with too few left."""
     return _keep(groups, _unscored, min_valid, stage)
+
+
+def keep_above(groups: Sequence[Group], *, threshold: float, stage: Stage | None = None) -> list[Group]:
+    """Drop responses whose score is not above the threshold, which may be infinite, and prompts with none left."""
+    stage = stage or Stage.detached()
+
+    def low(response: Response) -> Reason:
+        return None if response.score is not None and response.score > threshold else f"reward at most {threshold:g}"
+
+    return _shared_out(groups, _keep(groups, low, 1, stage), stage)
+
+
+def keep_best(groups: Sequence[Group], *, stage: Stage | None = None) -> list[Group]:
+    """Best of n: of every prompt the response with the highest score, of equal ones the first."""
+    stage = stage or Stage.detached()
+    kept = [
+        Group(
+            prompt=group.prompt, responses=(max(group.responses, key=lambda r: -inf if r.score is None else r.score),)
+        )
+        for group in groups
+    ]
+    dropped = sum(len(group.responses) for group in groups) - len(kept)
+    if dropped:
+        stage.count("responses dropped: another answer to the prompt is better", dropped)
+    stage.count("responses kept", len(kept))
+    return _shared_out(groups, kept, stage)
+
+
+def _shared_out(groups: Sequence[Group], kept: list[Group], stage: Stage) -> list[Group]:
+    """What is kept, after its share is measured."""
+    before, after = (sum(len(group.responses) for group in part) for part in (groups, kept))
+    stage.figure("share kept", after / before if before else 0.0)
+    return kept
 
 
 def _unusable(response: Response, min_chars: int, max_chars: int) -> Reason:

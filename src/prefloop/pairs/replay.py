@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
+from typing import TypeVar
 
 from prefloop.errors import InputError
-from prefloop.records import Pair
+from prefloop.records import Item, Pair
 from prefloop.run import Stage
 from prefloop.seeds import generator
+
+I = TypeVar("I", bound=Item)  # noqa: E741
 
 
 def mix(
@@ -69,23 +72,23 @@ def mix(
     return _shuffled([*drawn, *replayed], seed, "order")
 
 
-def hold_out(pairs: Sequence[Pair], n: int, *, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(train, validation): a seeded slice of `n` pairs for validation, no prompt on both sides, order kept.
+def hold_out(items: Sequence[I], n: int, *, seed: int) -> tuple[list[I], list[I]]:
+    """(train, validation): a seeded slice of `n` pairs or demonstrations, no prompt on both sides, order kept.
 
-    Prompts are taken whole as long as they fit, so a set with several pairs per prompt can end just below `n`.
-    Raises InputError when no training pair would be left.
+    Prompts are taken whole as long as they fit, so a set with several items per prompt can end just below `n`.
+    Raises InputError when nothing to train on would be left.
     """
-    if n < 0 or n >= len(pairs):
-        raise InputError(f"{n} validation pairs of {len(pairs)}: should be at least 0 and leave at least 1 to train on")
-    sizes = Counter(pair.prompt.id for pair in pairs)
+    if n < 0 or n >= len(items):
+        raise InputError(f"{n} validation pairs of {len(items)}: should be at least 0 and leave at least 1 to train on")
+    sizes = Counter(item.prompt.id for item in items)
     held: set[str] = set()
     room = n
     for prompt_id in _shuffled(list(sizes), seed, "hold out"):
         if sizes[prompt_id] <= room:
             held.add(prompt_id)
             room -= sizes[prompt_id]
-    train = [pair for pair in pairs if pair.prompt.id not in held]
-    return train, [pair for pair in pairs if pair.prompt.id in held]
+    train = [item for item in items if item.prompt.id not in held]
+    return train, [item for item in items if item.prompt.id in held]
 
 
 def _affordable(new: Sequence[Pair], old: Sequence[Pair], gamma: Fraction) -> int:

@@ -14,11 +14,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from prefloop.config import Config
 from prefloop.errors import InputError
 from prefloop.feedback.annotator import sigmoid
+from prefloop.pairs.rewards import effective_sample_size
 from prefloop.records import Pair
 from prefloop.run import Stage
 
@@ -63,8 +65,8 @@ def weigh(pairs: Sequence[Pair], how: Weights, *, stage: Stage | None = None) ->
         stage.figure("E[w] before normalisation", mean)
         stage.figure("E[w] in training", math.fsum(weights) / len(weights))
         stage.figure("largest w in training", max(weights))
-        squares = math.fsum(weight * weight for weight in weights)
-        stage.figure("effective pairs, (sum w)^2 / sum w^2", math.fsum(weights) ** 2 / squares if squares else 0.0)
+        if any(weights):
+            stage.figure("effective pairs, (sum w)^2 / sum w^2", effective_sample_size(np.array(weights)))
         stage.count("pairs weighed", len(weights))
     if how.clip is not None:
         stage.count("weights clipped", sum(weight / divisor > limit for weight in raw))

@@ -215,13 +215,14 @@ def align(
     from prefloop.train.learner import TRAINING_LOG, Learner, batch_of_step, write_training_log
     from prefloop.train.losses import LOSSES
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
 
     scratch, output = stage.scratch, stage.output
     assert scratch is not None and output is not None
     loss, beta = LOSSES[cfg.loss].function, beta_of(cfg)
-    learner = Learner(start, [], loss=partial(loss, beta=beta), beta=beta, config=cfg.train, compute=cfg.compute,
-                      seed=cfg.seed, stage=stage)  # fmt: skip
+    learner = Learner(start, [], objective=PairObjective(partial(loss, beta=beta), beta), config=cfg.train,
+                      compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
     online = OnlineLearner(learner, behaviour="start" if cfg.offline else "current")
     records = FeedbackRecords(scratch / "feedback", judges.meters)
     first, log = load_checkpoint(scratch, model=learner.model, optimizer=learner.optimizer)

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ from prefloop.artifacts import read_artifact
 from prefloop.config import Config
 from prefloop.errors import InputError
 from prefloop.feedback.options import AnnotatorName, Feedback
-from prefloop.feedback.scorer import ScoringAnnotator, require_scores, score_by
+from prefloop.feedback.scorer import score_by, scores_alone
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.filters import keep_scored
@@ -46,6 +46,9 @@ from prefloop.sample.sampling import Sampling
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
+
+if TYPE_CHECKING:
+    from prefloop.feedback.annotator import Annotator
 
 Key = Literal["pair", "mean", "max", "min"]
 
@@ -114,11 +117,7 @@ def optune(cfg: OptuneConfig, run: Run) -> ModelRef:
     prompts, held_out = prompts_and_held_out(cfg, run)
     prompts = some(prompts, cfg.n_prompts, derive_seed(cfg.seed, "prompts"))
     check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
-
-    def look(label: str, model: ModelRef) -> None:
-        answers = look_at(run, start, [], cfg, label, model, beta=cfg.beta, prompts=held_out)
-        if answers:
-            run.stage(f"{label}/reward", reward_of, answers, annotator)
+    look = partial(look_at, run, start, [], cfg, beta=cfg.beta, prompts=held_out, evaluator=annotator)
 
     look("start", start)
     stored: list[Group] = []
@@ -147,17 +146,21 @@ def optune(cfg: OptuneConfig, run: Run) -> ModelRef:
     return conclude(run, policy)
 
 
-def load_scorer(cfg: OptuneConfig, run: Run) -> ScoringAnnotator:
+def load_scorer(cfg: OptuneConfig, run: Run) -> "Annotator":
     """The annotator. Raises InputError, before anything is computed, for one without scores of single answers."""
     from prefloop.feedback.registry import load_annotator
 
     if not cfg.annotator:
         raise InputError("--annotator is missing: name who scores, such as rule:helpful-short or reward-model:MODEL")
-    load = partial(load_annotator, cfg.annotator, cfg.feedback, compute=cfg.compute)
-    return require_scores(
-        load(stage=Stage(name="feedback", run=run)),
-        why="OPTune orders prompts, and weighs pairs, by rewards of single answers",
-    )
+    stage = Stage(name="feedback", run=run)
+    annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, stage=stage)
+    if not scores_alone(annotator):
+        raise InputError(
+            f"annotator {annotator.name} only compares two answers; OPTune orders prompts, and weighs pairs, by "
+            "rewards of single answers: name rule:NAME (a rule of one answer), reward-model:MODEL or "
+            "implicit-reward:POLICY,REFERENCE, one of them alone"
+        )
+    return annotator
 
 
 def lowest(stored: Sequence[Group], fraction: float, key: Key) -> list[Prompt]:
@@ -221,11 +224,3 @@ def trained_on(run: Run, t: int) -> list[Pair]:
     """The pairs of iteration t as they were trained on; none where there is no such iteration, or no file of them."""
     name = f"round-{t}/training_pairs"
     return read_artifact(run.path, name, run.manifest[name]["artifact"]) if name in run.manifest else []
-
-
-def reward_of(answers: Sequence[Group], annotator: ScoringAnnotator) -> dict[str, list[float]]:
-    """Mean score of the answers, [value, low, high] at 95 %; nothing when none has a score."""
-    from prefloop.evaluate.reward_accuracy import mean_interval
-
-    scores = [score for row in annotator.scores(answers) for score in row if score is not None]
-    return {"reward": list(mean_interval(scores))} if scores else {}

@@ -1,8 +1,9 @@
 """Steps that several recipes share, each implemented once."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 from rich.console import Console
@@ -13,17 +14,24 @@ from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, load_pairs, load_prompts
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import checkup
+from prefloop.feedback.scorer import score_by
 from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.records import Group, Pair, Prompt, Response
+from prefloop.records import Group, Item, Pair, Prompt, Response
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.page import REPORT, write_page
 from prefloop.report.story import read_story
 from prefloop.report.table import terminal_table
-from prefloop.run import Run, Stage
+from prefloop.run import Round, Run, Stage
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed, generator
+from prefloop.train.config import Train
+
+if TYPE_CHECKING:
+    from prefloop.feedback.annotator import Annotator
+
+I = TypeVar("I", bound=Item)  # noqa: E741
 
 
 class LookAt(Config):
@@ -95,6 +103,28 @@ def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
     ]
 
 
+def fitting(groups: Sequence[Group], model: ModelRef, *, stage: Stage | None = None) -> list[Group]:
+    """The groups with the model's token ids, without the answers that do not fit its context, which are counted.
+
+    Raises InputError for a prompt that leaves no room for an answer.
+    """
+    stage = stage or Stage.detached()
+    chat, context = ChatFormat(load_tokenizer(model)), context_of(model)
+    stage.note(f"tokens: {chat.description}")
+    kept: list[Group] = []
+    for group in encode(groups, model):
+        room = context - len(chat.prompt_ids(group.prompt)) if context else math.inf
+        responses = tuple(response for response in group.responses if response.length_tokens <= room)
+        if len(responses) < len(group.responses):
+            dropped = len(group.responses) - len(responses)
+            stage.count(f"answers dropped: longer than the context of {context} tokens", dropped)
+        if responses:
+            kept.append(group.model_copy(update={"responses": responses}))
+    stage.count("answers", sum(len(group.responses) for group in kept))
+    stage.count("prompts", len({group.prompt.id for group in kept}))
+    return kept
+
+
 def own_ids(chat: ChatFormat, response: Response) -> Response:
     """The response with ids of this tokenizer: those it has where they say its text, else those of its text."""
     ids = response.token_ids
@@ -111,9 +141,9 @@ def check_room(prompts: Sequence[Prompt], model: ModelRef, max_new_tokens: int) 
         check_prompt_length(chat.prompt_ids(prompt), max_new_tokens, context, prompt)
 
 
-def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
-    """The prompts of preference pairs, each once, in order."""
-    return list({pair.prompt.id: pair.prompt for pair in pairs}.values())
+def prompts_of(items: Sequence[Item]) -> list[Prompt]:
+    """The prompts of pairs or groups, each once, in order."""
+    return list({item.prompt.id: item.prompt for item in items}.values())
 
 
 def split_off(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -134,7 +164,7 @@ def load(source: str, option: str, on_bad_row: OnBadRow, run: Run) -> list[Pair]
     """Preference pairs of a user's source, the mapping found said aloud. Raises InputError when none was named."""
     if not source:
         raise InputError(f"--{option} is missing: name a file, a data set folder or hub name, or seed:train")
-    return _said(load_pairs(source, on_bad_row=on_bad_row), run)
+    return said(load_pairs(source, on_bad_row=on_bad_row), run)
 
 
 def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair], list[Pair]]:
@@ -154,9 +184,18 @@ def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair
     return offline, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
 
 
+def held_back(round: Round, items: Sequence[I], train: Train, *, seed: int) -> tuple[list[I], list[I]]:
+    """(training, validation): `train.validation_pairs` items, a quarter of them at most, are held out to watch."""
+    watched = min(train.validation_pairs, len(items) // 4)
+    if watched < train.validation_pairs:
+        round.run.note(f"{round.label}: {watched} validation items, a quarter of {len(items)}, not the "
+                       f"{train.validation_pairs} asked for")  # fmt: skip
+    return hold_out(items, watched, seed=seed)
+
+
 def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
     """The prompts of a user's source; none when none was named."""
-    return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []
+    return said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []
 
 
 def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]]:
@@ -174,7 +213,8 @@ def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]
     return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
 
 
-def _said(loaded: Loaded, run: Run) -> list[Any]:
+def said(loaded: Loaded, run: Run) -> list[Any]:
+    """What was loaded; the mapping found and the rows skipped are told."""
     run.note(f"{loaded.source}: {len(loaded.records)} rows; {loaded.mapping.describe()}")
     if loaded.bad_rows:
         run.note(f"{loaded.source}: {len(loaded.bad_rows)} rows skipped; all are in events.jsonl, the first ones:")
@@ -193,12 +233,14 @@ def look_at(
     label: str,
     model: ModelRef,
     *,
-    beta: float,
+    beta: float = 1.0,
     prompts: Sequence[Prompt] = (),
+    evaluator: "Annotator | None" = None,
 ) -> list[Group]:
     """Answers of `model` to held-out prompts and its figures beside the start model; the same seeds for every model.
 
-    The prompts are those of the held-out pairs unless given. Returns the answers.
+    The prompts are those of the held-out pairs unless given. An `evaluator` scores the answers. `beta` is that of the
+    margin on held-out pairs. Returns the answers.
     """
     prompts = some(prompts or prompts_of(held_out), cfg.look_at.answers, derive_seed(cfg.seed, "look at"))
     seed = derive_seed(cfg.seed, "answers")
@@ -206,6 +248,8 @@ def look_at(
         f"{label}/answers", sample, model, prompts, k=1, sampling=cfg.sampling, seed=seed, compute=cfg.compute,
         engine=cfg.engine, server=cfg.server,
     )  # fmt: skip
+    if evaluator:
+        answers = run.stage(f"{label}/rewards", score_by, answers, evaluator)
     run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=beta, compute=cfg.compute)
     return answers
 

@@ -14,24 +14,25 @@ def model_card(story: Story) -> str:
     It holds no time and no path, so that the same run writes the same card.
     """
     start = str(story.config.get("policy", ""))
+    data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
+    supervised = "data" in story.config
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["prefloop", story.recipe, "dpo", "preference-optimization"],
+        "tags": ["prefloop", story.recipe, *([] if supervised else ["dpo", "preference-optimization"])],
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
                          if story.environment.get(name))  # fmt: skip
-    named = [f"{name} `{story.config[name]}`" for name in ("pairs", "prompts") if story.config.get(name)]
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # {start or "model"} aligned with {story.recipe}
 
-Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the
-{" and ".join(named) or "data given"}, with seed {story.config.get("seed")}. Made with {versions}.
+Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on
+`{data}`, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Figures
 
-Held out: `{story.config.get("held_out") or "a part of these"}`.
+Held out: `{story.config.get("held_out")}`.
 
 {markdown_table(story)}
 

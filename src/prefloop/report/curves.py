@@ -10,7 +10,7 @@ from prefloop.report.story import Interval, Round, Story
 def charts(stories: Sequence[Story]) -> list[tuple[str, list[Chart]]]:
     """All charts there is something to draw for, by group."""
     groups = [
-        ("Models", [*_by_model(stories), *_frontier(stories)]),
+        ("Models", [*_by_model(stories), *_frontier(stories), *_asked(stories)]),
         ("Win rates", _win_rates(stories)),
         ("Training", _training(stories)),
         ("Length of winners and losers", _length(stories)),
@@ -48,13 +48,6 @@ def _by_model(stories: Sequence[Story]) -> list[Chart]:
             lambda r: r.checkup and r.checkup.margin,
         ),
         (
-            "Reward of own answers",
-            "mean score",
-            "By the annotator that trains the model, on held-out prompts. It should rise; so does what flatters it.",
-            None,
-            lambda r: r.reward,
-        ),
-        (
             "Win rate against the start",
             "share of held-out prompts",
             "By the evaluator. Above one half (the line) beyond the whiskers is better than the start.",
@@ -67,6 +60,14 @@ def _by_model(stories: Sequence[Story]) -> list[Chart]:
             "Should stay where it began: what grows beyond the whiskers is length, whatever the reward says.",
             None,
             lambda r: r.checkup and r.checkup.length_chars,
+        ),
+        (
+            "Reward of own answers",
+            "as the evaluator gives it",
+            "Should rise. Whiskers are 95 % intervals over held-out prompts. What gives the reward is not the truth: "
+            "read some answers.",
+            None,
+            lambda r: r.checkup and r.checkup.reward,
         ),
         (
             "Drift from the start",
@@ -120,6 +121,30 @@ def _frontier(stories: Sequence[Story]) -> list[Chart]:
     )
     title = "Reward against drift"
     return [Chart(title, "KL, nats a token", "held-out margin", caption, series)] if series else []
+
+
+def _asked(stories: Sequence[Story]) -> list[Chart]:
+    """Of conditional models: the reward of the answers against the reward that was asked for."""
+    series = []
+    for i, story in enumerate(stories):
+        known = [(row.target, row.reward) for r in story.rounds for row in r.asked if row.reward]
+        if known:
+            series.append(
+                Series(
+                    story.name if _several(stories) else "",
+                    [(target, reward[0]) for target, reward in known],
+                    [reward[1:] for _, reward in known],
+                    [f"asked for {number(target)}: {_value(reward)}" for target, reward in known],
+                    colour=i,
+                    dots=True,
+                )
+            )
+    caption = (
+        "In standard deviations above the mean reward of the training data. Should rise: a flat line says that the "
+        "model does not listen to what it is asked for."
+    )
+    title = "Reward asked for and got"
+    return [Chart(title, "asked for", "got", caption, series, level=0.0)] if series else []
 
 
 def _win_rates(stories: Sequence[Story]) -> list[Chart]:
@@ -194,7 +219,7 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         (
             "Loss",
             "mean of a batch",
-            "Falls slowly and stays above zero. Dots are pairs of the round that are not trained on: where they turn "
+            "Falls slowly and stays above zero. Dots are data of the round that is not trained on: where they turn "
             "up while the line falls, stop earlier.",
             [*series("loss"), *watched("loss")],
             None,

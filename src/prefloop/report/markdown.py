@@ -42,7 +42,9 @@ def _what(story: Story) -> str:
     rows = [
         ("policy", config.get("policy")),
         ("reference", config.get("reference")),
-        ("pairs", config.get("pairs")),
+        ("pairs", config.get("pairs") if "data" not in config else None),
+        ("data", config.get("data")),
+        ("reward", config.get("reward")),
         ("prompts", config.get("prompts")),
         ("annotator", config.get("annotator")),
         ("held out", config.get("held_out")),

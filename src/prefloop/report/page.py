@@ -138,7 +138,9 @@ def _part(story: Story) -> RunPart:
 
 def _summary(story: Story) -> str:
     """One sentence: what was done to which model, and what came out."""
-    source = story.config.get("pairs") or story.config.get("prompts") or "no data named"
+    source = next(
+        (story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), "no data named"
+    )
     rounds = [round for round in story.rounds if round.training]
     said = [
         f"{story.recipe} on {story.config.get('policy')} with {source}, {_plural(len(rounds), 'round')} of training"
@@ -150,10 +152,10 @@ def _summary(story: Story) -> str:
     win_rate = evaluations[-1][1]["against_start"]["rate"] if evaluations else story.rounds[-1].win_rate
     if win_rate:
         said.append("win rate {:.2f} [{:.2f}, {:.2f}]".format(*win_rate))
-    if story.rounds[0].reward and story.rounds[-1].reward:
-        said.append(f"reward {number(story.rounds[0].reward[0])} to {number(story.rounds[-1].reward[0])}")
     if first and last and first.length_chars and last.length_chars:
         said.append(f"answers {first.length_chars[0]:.0f} to {last.length_chars[0]:.0f} characters")
+    if first and last and first.reward and last.reward:
+        said.append(f"reward {first.reward[0]:.2f} to {last.reward[0]:.2f}")
     if last and last.kl_per_token:
         said.append(f"drift {last.kl_per_token[0]:.3f} nats a token")
     return "; ".join([*said, _duration(story.seconds)]) + "."
@@ -239,7 +241,7 @@ def _stages(story: Story) -> list[Row]:
 def _facts(story: Story) -> list[Row]:
     """What was run and from what."""
     config, environment = story.config, story.environment
-    names = ("policy", "reference", "pairs", "prompts", "held_out", "annotator", "evaluator", "seed")
+    names = ("policy", "reference", "data", "pairs", "prompts", "reward", "held_out", "annotator", "evaluator", "seed")
     versions = [f"{name} {environment[name]}" for name in environment if name not in ("platform", "cpus")]
     engines = dict.fromkeys(
         f"{event['name']} on {event['device']}, {event['dtype']}"

@@ -32,26 +32,33 @@ def plot_alpha(story: Story, file: Path) -> bool:
 
 
 def plot_training(story: Story, file: Path) -> bool:
-    """Loss, margin and log-probability changes by step, rounds one after another. False when nothing was trained."""
+    """Loss by step, and of pairs margin and log-probability changes, rounds one after another. False when nothing was
+    trained.
+    """
     rounds = [round for round in story.rounds if any("loss" in row for row in round.training)]
     if not rounds:
         return False
-    figure, axes = _axes(3)
+    pairs = any("margin" in row for round in rounds for row in round.training)
+    figure, axes = _axes(3 if pairs else 1)
     offset = 0
     for colour, round in zip(cycle(COLOURS), rounds, strict=False):
         steps = [row for row in round.training if "loss" in row]
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]
-        for axis, name in ((axes[0], "loss"), (axes[1], "margin")):
+        for axis, name in zip(axes, ("loss", "margin"), strict=False):
             axis.plot(x, [row[name] for row in steps], color=colour, label=round.label)
             axis.plot([offset + row["step"] for row in looks], [row["validation"][name] for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
-        axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
-        axes[2].plot(x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected")
+        if pairs:
+            axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
+            axes[2].plot(
+                x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected"
+            )
         offset += max(row["step"] for row in steps)
-    axes[0].set(title="Loss (squares: validation pairs)", xlabel="step", ylabel="nats")
-    axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")
-    axes[2].set(title="Log-probability change in the round", xlabel="step", ylabel="nats a response")
+    axes[0].set(title="Loss (squares: validation)", xlabel="step", ylabel="nats")
+    if pairs:
+        axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")
+        axes[2].set(title="Log-probability change in the round", xlabel="step", ylabel="nats a response")
     for axis in axes:
         axis.legend(fontsize=7)
     _save(figure, file)

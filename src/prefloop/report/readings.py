@@ -20,6 +20,8 @@ ABSTAINS = 0.2
 """A larger share of abstentions is told."""
 DRIFTED = 1.0
 """Nats a token, lower end of the 95 % interval of the KL divergence, above which a model has left its start."""
+CARRIED = 0.1
+"""A smaller effective share of weighted answers is told."""
 USABLE = 0.5
 """A smaller share of prompts that became pairs is told."""
 SATURATED = {"dpo": 3.0, "slic": 1.0}
@@ -38,7 +40,7 @@ class Reading:
 def read(story: Story) -> list[Reading]:
     """The patterns that a run shows, in a fixed order."""
     found = (_both_fall, _length_grows, _drifted, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
-             _few_pairs, _coin)  # fmt: skip
+             _few_pairs, _few_carry, _coin)  # fmt: skip
     return [reading for find in found for reading in find(story)]
 
 
@@ -134,7 +136,7 @@ def _drifted(story: Story) -> Iterator[Reading]:
             (
                 ("--train.learning-rate", "lower"),
                 ("--train.steps", "fewer"),
-                ("--beta", "higher: a stronger pull to the reference"),
+                *([("--beta", "higher: a stronger pull to the reference")] if "beta" in story.config else []),
             ),
         )
 
@@ -251,6 +253,18 @@ def _few_pairs(story: Story) -> Iterator[Reading]:
                 ("--k", "more answers a prompt"),
                 ("--filters.min-valid", "lower: fewer valid answers are enough"),
             ),
+        )
+
+
+def _few_carry(story: Story) -> Iterator[Reading]:
+    shares = [(r.label, r.figures["effective share"]) for r in story.rounds if "effective share" in r.figures]
+    few = [(label, share) for label, share in shares if share < CARRIED]
+    if few:
+        yield Reading(
+            tuple(label for label, _ in few),
+            f"few answers carry the weight: the effective sample size is {100 * few[-1][1]:.0f} % of the answers. The "
+            "model learns those few by heart.",
+            (("--temperature", "higher: weights that differ less"), ("--clip", "lower: a smaller largest weight")),
         )
 
 

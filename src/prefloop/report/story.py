@@ -13,6 +13,7 @@ from typing import Any
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import Checkup
+from prefloop.evaluate.targets import Asked
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt
 
@@ -25,7 +26,8 @@ TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 class Round:
     """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...
 
-    reward: mean score of its `answers`; win_rate: of these against the start's; [value, low, high] at 95 %.
+    win_rate: of its `answers` against the start's. asked: of a conditional model, what came of asking for several
+    rewards. figures: what its stages measured.
     """
 
     label: str
@@ -33,8 +35,9 @@ class Round:
     length: LengthCoefficient | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
-    reward: Interval | None = None
     win_rate: Interval | None = None
+    asked: list[Asked] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -91,7 +94,7 @@ def read_story(path: Path) -> Story:
     """Read a run folder. Raises InputError when it is not one, or not a whole one."""
     if not (path / "manifest.json").is_file():
         missing = "it has no manifest.json" if path.is_dir() else "there is no such folder"
-        raise InputError(f"{path} is not a run folder: {missing}; name one that prefloop dice, dpo or oaif has made")
+        raise InputError(f"{path} is not a run folder: {missing}; name one that a recipe of prefloop has made")
     config = read_yaml(path / "config.yaml")
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -103,7 +106,7 @@ def read_story(path: Path) -> Story:
             config=config,
             environment=manifest["environment"],
             stages=stages,
-            rounds=[_read_round(path / label, label) for label in labels if label != "data"],
+            rounds=[_read_round(path / label, label, stages) for label in labels if label != "data"],
             events=_read_events(path / "events.jsonl"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,22 +160,22 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _read_round(folder: Path, label: str) -> Round:
+def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> Round:
     def text(name: str) -> str:
         file = folder / name
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
-    def interval(name: str, key: str) -> Interval | None:
-        value = json.loads(text(name) or "{}").get(key)
-        return tuple(value) if value else None
-
+    own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
+    figures = {name: value for found in own for name, value in found.items()}
     checkup, length = text("checkup.json"), text("length.json")
+    rate = json.loads(text("win_rate.json") or "{}").get("rate")
     return Round(
         label=label,
         checkup=Checkup.from_json(checkup) if checkup else None,
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
-        reward=interval("reward.json", "reward"),
-        win_rate=interval("win_rate.json", "rate"),
+        win_rate=tuple(rate) if rate else None,
+        asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
+        figures=figures,
     )

@@ -53,12 +53,25 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
      lambda r: _of(r, lambda c: _number(c.chosen_change))),
     ("rejected", "the same for rejected responses", lambda r: _of(r, lambda c: _number(c.rejected_change))),
     (
+        "reward",
+        "mean reward of own answers to held-out prompts, with its 95 % interval, as the evaluator gives it",
+        lambda r: _of(r, lambda c: _interval(c.reward)),
+    ),
+    (
+        "answers kept",
+        "share of the scored answers that the filter keeps for training",
+        lambda r: _number(r.figures.get("share kept"), "{:.2f}"),
+    ),
+    (
+        "effective share",
+        "effective sample size of the weights, (sum w)^2 / sum w^2, as a share of the answers",
+        lambda r: _number(r.figures.get("effective share"), "{:.2f}"),
+    ),
+    (
         "KL / token",
         "mean log pi - log pi_start a token of own answers, in nats, as they were sampled; the start is pi(-1)",
         lambda r: _of(r, lambda c: _number(c.kl_per_token and c.kl_per_token[0], "{:.4f}")),
     ),
-    ("reward", "mean score of own answers to held-out prompts, by the annotator, with its 95 % interval",
-     lambda r: _interval(r.reward, "{:.3g}")),
     (
         "win rate",
         "share of held-out prompts on which the evaluator prefers it to the start, at the last evaluation",

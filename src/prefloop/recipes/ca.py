@@ -1,0 +1,98 @@
+"""CA: conditional alignment, supervised fine-tuning on prompts that say the reward of the answer (arXiv 2308.12050).
+
+1. Collect answers to prompts: the data's (of preference pairs, both), and the start model's own with --samples.
+2. Score each: r(x, y).
+3. Standardise over the whole data set: r' = (r - mean) / std.
+4. Write r' into the prompt, with a fixed number of decimals: "{input} <rm_score>: {reward} ".
+5. Minimise -log pi(y | x, r'), on the tokens of the answer alone: the prompt and the reward in it are no target.
+6. At inference ask for a high reward: the saved chat template writes the target where step 4 wrote the reward.
+
+Departures: see docs/methods/ca.md.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from prefloop.data.condition import Condition
+from prefloop.errors import InputError
+from prefloop.evaluate.targets import by_target
+from prefloop.feedback.scorer import score_by
+from prefloop.models import ModelRef, resolve
+from prefloop.pairs.rewards import demonstrations, scores_of, standardise
+from prefloop.recipes.scored import (
+    ScoredConfig,
+    demo_options,
+    load_answers,
+    load_judges,
+    own_template,
+    rewarded,
+    supervised_round,
+)
+from prefloop.recipes.steps import conclude, fitting, look_at
+from prefloop.sample.stage import sample
+from prefloop.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prefloop.feedback.annotator import Annotator
+    from prefloop.records import Group, Prompt
+    from prefloop.run import Round, Run
+
+
+class CaConfig(ScoredConfig):
+    """Options of `prefloop ca`."""
+
+    condition: Condition = Field(default_factory=Condition)
+    targets: tuple[float, ...] = Field(
+        default=(), description="other rewards to ask for once, to see whether the answers follow: 1 2 3 4 5"
+    )
+
+
+def demo() -> CaConfig:
+    """The packaged small model on both answers of the packaged pairs, conditioned on the score of a rule."""
+    condition = Condition(target=1.5)
+    return CaConfig(reward="rule:helpful-short", condition=condition, targets=(-1.5, 0.0), **demo_options())
+
+
+def ca(cfg: CaConfig, run: "Run") -> ModelRef:
+    """Run CA; returns the final model, RUN/model."""
+    policy = resolve(cfg.policy)
+    own_template(policy)
+    judges = load_judges(cfg, run)
+    if cfg.targets and not judges.evaluator:
+        raise InputError("--targets needs who scores the answers to them; name an --evaluator, such as a reward model")
+    answers, held_out = load_answers(cfg, run, policy)
+    look = partial(look_at, run, policy, [], cfg, prompts=held_out, evaluator=judges.evaluator)
+
+    before = look("start", policy)
+    round = run.round(1)
+    scored, scale = rewarded(cfg, round, policy, answers, judges.reward)
+    standard = standardise(scored, scale)
+    highest = max(scores_of(standard))
+    if cfg.condition.target > highest:
+        run.note(f"the target {cfg.condition.target:g} is beyond the highest reward of the data, {highest:.2f}: the "
+                 "model has to extrapolate; see --targets")  # fmt: skip
+    conditioned = round.stage("conditioned", fitting, cfg.condition.each(standard), policy)
+    trained = supervised_round(round, policy, demonstrations(conditioned), cfg, scale=scale, condition=cfg.condition)
+    after = look("round-1", trained)
+    if cfg.targets and judges.evaluator:
+        asked = [
+            ask_for(cfg, round, trained.asking_for(target), [group.prompt for group in before], judges.evaluator)
+            for target in cfg.targets
+        ]
+        round.stage("targets", by_target, (*cfg.targets, cfg.condition.target), [*asked, after], scale)
+    return conclude(run, trained)
+
+
+def ask_for(
+    cfg: CaConfig, round: "Round", model: ModelRef, prompts: "Sequence[Prompt]", evaluator: "Annotator"
+) -> "list[Group]":
+    """Scored answers of a model that is asked for some reward, to the prompts and with the seeds of every look."""
+    at = f"asked-for-{model.reward:.2f}"
+    answers = round.stage(f"{at}/answers", sample, model, prompts, k=1, sampling=cfg.sampling,
+                          seed=derive_seed(cfg.seed, "answers"), compute=cfg.compute, engine=cfg.engine,
+                          server=cfg.server)  # fmt: skip
+    return round.stage(f"{at}/rewards", score_by, answers, evaluator)
