@@ -276,17 +276,21 @@ def test_killed_and_out_of_budget_it_ends_in_the_same_bytes(
     assert sum(counted) == calls
 
 
-def test_an_annotator_of_ones_own_and_a_baseline_of_the_start_model(cfg: OspConfig, tmp_path: Path) -> None:
+def test_an_annotator_of_ones_own_a_baseline_of_pi_0_and_a_model_that_learned_to_judge(
+    cfg: OspConfig, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no, {i}"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = cfg.replace(
-        annotator="rule:short",
-        baseline="start",
-        pairing="best_vs_rest",
-        rounds=1,
-        feedback__scale=5.0,
-        evaluator="",
-        look_at__answers=0,
-    )
+        annotator="rule:short", baseline="start", pairing="best_vs_rest", rounds=1, feedback__scale=5.0, evaluator="",
+        look_at__answers=0, pairs=str(tmp_path / "pairs.jsonl"), judge_train=TRAIN.model_dump(),
+    )  # fmt: skip
     out = run_osp(own, tmp_path / "run")
+    assert stages(out)["round-0/judgements"]["counts"] == {"judgements to learn from": 6}
+    pi_0 = ModelRef.of(out / "round-0/model")
+    assert pi_0.weights != stopping_folder().weights
+    made: list[Pair] = records(out / "round-1/training_pairs.jsonl", Pair)
+    assert made and {pair.reference for pair in made} == {pi_0.fingerprint}
     base = {g.prompt.id: g.responses[0] for g in records(out / "round-1/baselines.jsonl", Group)}
     for g in records(out / "round-1/strengths.jsonl", Group):
         for r in g.responses:

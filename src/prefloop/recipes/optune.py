@@ -102,11 +102,11 @@ def demo() -> OptuneConfig:
         policy="smollm2-135m",
         prompts="seed:train",
         held_out="seed:held_out",
-        n_prompts=48,
+        n_prompts=32,
         annotator="rule:helpful-short",
         sampling=Sampling(top_p=0.9, max_new_tokens=64),
         look_at=LookAt(answers=12, shown=4),
-        train=Train(steps=6, batch_size=8, learning_rate=1e-5, warmup_steps=2, validation_pairs=0, checkpoint_every=3),
+        train=Train(steps=4, batch_size=8, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
     )
 
 

@@ -1,6 +1,7 @@
 """OSP: online self-preferring language models (Zhai et al. 2024, arXiv 2405.14103).
 
-Start: a model pi(0) that can answer and, asked which of two answers is better, can judge; prompts. Round t = 1..T:
+Start: a model pi(0) that can answer and, asked which of two answers is better, can judge; prompts. With --pairs, a
+model learns to judge first, from labelled pairs, by the token of the right option: that is pi(0). Round t = 1..T:
 1. Sample n answers to every prompt from pi(t-1).
 2. Compare each with one baseline answer: one of the n (n - 1 comparisons), or an answer of pi(0) (n). The judge is
    pi(t-1) itself, by the probability of the option that it would name next, in both orders, averaged:
@@ -37,7 +38,16 @@ from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.ranked import Pairing, ranked_pairs, strength, tempered
 from prefloop.recipes.dpo import dpo_round
-from prefloop.recipes.steps import LookAt, check_room, conclude, look_at, prompts_and_held_out, some
+from prefloop.recipes.steps import (
+    LookAt,
+    check_room,
+    conclude,
+    held_back,
+    load,
+    look_at,
+    prompts_and_held_out,
+    some,
+)
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import Round, Run, Stage
 from prefloop.sample.options import EngineName, Server
@@ -63,6 +73,7 @@ class OspConfig(Config):
     prompts: str = Field(default="", description="prompts: a file, a data set folder or hub name, or seed:train")
     held_out: str = Field(default="", description="prompts to look at models with; a tenth of them when left out")
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    pairs: str = Field(default="", description="labelled pairs to learn to judge from; none: it judges as it is")
     annotator: AnnotatorName = Field(
         default="", description="who judges in place of the round's own policy (paper: itself), as in `prefloop oaif`"
     )
@@ -92,6 +103,10 @@ class OspConfig(Config):
     sampling: Sampling = Field(default_factory=Sampling)
     look_at: LookAt = Field(default_factory=LookAt)
     train: Train = Field(default_factory=lambda: Train(validation_pairs=0), description="every round (paper: LoRA)")
+    judge_train: Train = Field(
+        default_factory=lambda: Train(validation_pairs=0),
+        description="learning to judge; both orders of a pair are two",
+    )
     metrics: MetricsName = ""
     engine: EngineName = "auto"
     server: Server = Field(default_factory=Server)
@@ -106,29 +121,33 @@ def demo() -> OspConfig:
         held_out="seed:held_out",
         evaluator="rule:helpful-short",
         rounds=2,
-        prompts_per_round=16,
+        prompts_per_round=12,
         sampling=Sampling(max_new_tokens=64),
         look_at=LookAt(answers=12, shown=4),
-        train=Train(steps=8, batch_size=8, learning_rate=5e-6, warmup_steps=2, validation_pairs=0, checkpoint_every=4),
+        train=Train(steps=6, batch_size=8, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
     )
 
 
 def osp(cfg: OspConfig, run: Run) -> ModelRef:
     """Run OSP; returns the final model, RUN/model."""
-    start = policy = resolve(cfg.policy)
+    given = resolve(cfg.policy)
     prompts, held_out = prompts_and_held_out(cfg, run)
-    check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
-    load_judge(cfg, run, start)  # what cannot be used is refused before anything is computed
+    check_room([*prompts, *held_out], given, cfg.sampling.max_new_tokens)
+    load_judge(cfg, run, given)  # what cannot be used is refused before anything is computed
     evaluator = load_evaluator(cfg, run)
     before: list[Group] = []
 
     def look(label: str, model: ModelRef) -> list[Group]:
-        answers = look_at(run, start, [], cfg, label, model, beta=cfg.beta, prompts=held_out)
+        answers = look_at(run, given, [], cfg, label, model, beta=cfg.beta, prompts=held_out)
         if evaluator and before:
             run.stage(f"{label}/win_rate", against_start, answers, before, evaluator)
         return answers
 
-    before = look("start", start)
+    before = look("start", given)
+    start = learned_judge(cfg, run, given) if cfg.pairs else given
+    if cfg.pairs:
+        look("round-0", start)
+    policy = start
     for t in range(1, cfg.rounds + 1):
         drawn = some(prompts, cfg.prompts_per_round, derive_seed(cfg.seed, "prompts", t))
         pairs = self_preferences(cfg, run.round(t), policy, start, drawn, seed=derive_seed(cfg.seed, "sample", t))
@@ -136,6 +155,20 @@ def osp(cfg: OspConfig, run: Run) -> ModelRef:
                            seed=derive_seed(cfg.seed, "dpo", t))  # fmt: skip
         look(f"round-{t}", policy)
     return conclude(run, policy)
+
+
+def learned_judge(cfg: OspConfig, run: Run, model: ModelRef) -> ModelRef:
+    """The model after it has learned to judge from `cfg.pairs`."""
+    from prefloop.feedback.judge_tuning import OptionObjective, judgements_to_learn
+    from prefloop.train.learner import fit
+
+    round, seed = run.round(0), derive_seed(cfg.seed, "judge")
+    pairs = load(cfg.pairs, "pairs", cfg.on_bad_row, run)
+    items = round.stage("judgements", judgements_to_learn, pairs, model, instruction=cfg.feedback.instruction)
+    training, validation = held_back(round, items, cfg.judge_train, seed=seed)
+    folder = round.stage("model", fit, model, training, validation, objective=OptionObjective(), seed=seed,
+                         config=cfg.judge_train, compute=cfg.compute)  # fmt: skip
+    return ModelRef.of(folder.path, name=round.label)
 
 
 def self_preferences(
