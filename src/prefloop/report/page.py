@@ -149,9 +149,10 @@ def _summary(story: Story) -> str:
     if last and last.accuracy:
         said.append("held-out accuracy {:.2f} [{:.2f}, {:.2f}]".format(*last.accuracy))
     evaluations = [row for round in story.rounds for row in round.evaluations]
-    win_rate = evaluations[-1][1]["against_start"]["rate"] if evaluations else story.rounds[-1].win_rate
-    if win_rate:
-        said.append("win rate {:.2f} [{:.2f}, {:.2f}]".format(*win_rate))
+    win_rates = [r.win_rate for r in story.rounds if r.win_rate]
+    win_rates += [found["against_start"]["rate"] for _, found in evaluations if found["against_start"]["rate"]]
+    if win_rates:
+        said.append("win rate {:.2f} [{:.2f}, {:.2f}]".format(*win_rates[-1]))
     if first and last and first.length_chars and last.length_chars:
         said.append(f"answers {first.length_chars[0]:.0f} to {last.length_chars[0]:.0f} characters")
     if first and last and first.reward and last.reward:

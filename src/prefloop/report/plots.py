@@ -45,11 +45,12 @@ def plot_training(story: Story, file: Path) -> bool:
         steps = [row for row in round.training if "loss" in row]
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]
-        for axis, name in zip(axes, ("loss", "margin"), strict=False):
+        of_pairs = "margin" in steps[0]  # in a run that trains on pairs, a first round may train on something else
+        for axis, name in zip(axes, ("loss", "margin") if of_pairs else ("loss",), strict=False):
             axis.plot(x, [row[name] for row in steps], color=colour, label=round.label)
             axis.plot([offset + row["step"] for row in looks], [row["validation"][name] for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
-        if pairs:
+        if of_pairs:
             axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
             axes[2].plot(
                 x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected"
