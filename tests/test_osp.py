@@ -25,6 +25,7 @@ from prefloop.run import Run, Stage
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
+from prefloop.train.reference import logps_under
 from tests.sample.engines import stopping_folder
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32", sequences_per_batch=16)
@@ -90,10 +91,10 @@ def test_pairs_of_a_ranking(pairing: Pairing, expected: list[tuple[int, int]]) -
 
 def test_the_ranking_is_by_strength_and_p_by_their_difference() -> None:
     stage = Stage.detached()
-    pairs = ranked_pairs([group([0.0, 2.0, None, -1.0])], pairing="all", stage=stage)
+    pairs = ranked_pairs([group([-0.5, 2.0, None, -1.5])], pairing="all", stage=stage)
     texts = [(p.chosen.text, p.rejected.text) for p in pairs]
     assert texts == [("answer 1", "answer 0"), ("answer 1", "answer 3"), ("answer 0", "answer 3")]
-    assert [p.p for p in pairs] == [sigmoid(2.0), sigmoid(3.0), sigmoid(1.0)]
+    assert [p.p for p in pairs] == [sigmoid(2.5), sigmoid(3.5), sigmoid(1.0)]
     # Bradley-Terry: the odds of a chain are the product of its links', so no ranking has a cycle.
     odds = [p.p / (1 - p.p) for p in pairs]
     assert odds[1] == pytest.approx(odds[0] * odds[2])
@@ -220,6 +221,9 @@ def test_every_round_trains_on_strengths_of_its_own_policy_as_judge(cfg: OspConf
             gap = u[pair.prompt.id, pair.chosen.token_ids] - u[pair.prompt.id, pair.rejected.token_ids]
             assert pair.p == pytest.approx(sigmoid(gap), abs=1e-6) and 0.5 < pair.p < 1
             assert pair.reference == stopping_folder().fingerprint
+        items = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in made]
+        for pair, logps in zip(made, logps_under(stopping_folder(), items, compute=COMPUTE), strict=True):
+            assert pair.reference_logps == pytest.approx(logps, abs=1e-3)
         counts = stages(finished)[f"round-{t}/strengths"]["counts"]
         assert counts["comparisons"] == 5 * (3 - 1)
         assert counts["questions"] == 2 * (counts["comparisons"] - counts["identical"])
