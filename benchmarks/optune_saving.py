@@ -12,6 +12,7 @@ Cost model (docs/methods/optune.md): with C the seconds at rho = 1,
 
     speed-up(rho) = (C_sample + C_score + C_reference + C_train) / (rho (C_sample + C_score + C_reference) + C_train)
 
+"At equal reward": the seconds in which the run at rho = 1 came to the reward that a run reached, over those of that run.
 Intervals are 95 % by Student's t over seeds; speed-ups and rewards are compared within a seed. Resumable: the same
 command continues. Prints, last, one line of JSON.
 """
@@ -21,6 +22,7 @@ import json
 import os
 import tempfile
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -68,7 +70,8 @@ def main() -> None:
         turn = seed % len(FRACTIONS)
         for fraction in (*FRACTIONS[turn:], *FRACTIONS[:turn]):
             row = one_run(args, start, fraction, seed)
-            row["reward"] = reward(ModelRef.of(args.out / f"{fraction}-{seed}/model"), held_out, seed)
+            models = [ModelRef.of(args.out / f"{fraction}-{seed}/round-{t}/model") for t in (1, 2, 3)]
+            row["rewards"] = [before[-1], *(reward(model, held_out, seed) for model in models)]
             rows[fraction].append(row)
             print(f"seed {seed}, rho {fraction}: {json.dumps(row)}", flush=True)
     figures = {str(fraction): compared(rows[fraction], rows[1.0], fraction) for fraction in FRACTIONS}
@@ -111,7 +114,7 @@ def one_run(args: argparse.Namespace, start: ModelRef, fraction: float, seed: in
         "first_iteration": sum(first.values()),
         "seconds": {part: sum(row[part] for row in later) / len(later) for part in PARTS},
         "tokens": sum(tokens(t) for t in range(2, cfg.rounds + 1)) / len(later),
-        "run": sum(sum(row.values()) for row in (first, *later)),
+        "elapsed": list(accumulate((sum(row.values()) for row in (first, *later)), initial=0.0)),
         "mean_weight": stages[f"round-{cfg.rounds}/weighted"]["figures"]["E[w] before normalisation"],
     }
 
@@ -133,18 +136,29 @@ def compared(rows: list[dict[str, Any]], full: list[dict[str, Any]], fraction: f
         scaled = total(row) - row["seconds"]["train"]
         return total(row) / (fraction * scaled + row["seconds"]["train"])
 
+    def seconds_to(reward: float, row: dict[str, Any]) -> float:
+        """Until a run reached a reward for the first time, between two iterations by a straight line; all of its
+        seconds where it never did.
+        """
+        points = list(zip(row["elapsed"], row["rewards"], strict=True))
+        for (t0, r0), (t1, r1) in pairwise(points):
+            if r0 <= reward <= r1 and r1 > r0:
+                return t0 + (reward - r0) / (r1 - r0) * (t1 - t0)
+        return row["elapsed"][-1]
+
     both = list(zip(rows, full, strict=True))
     over_seeds = partial(map, interval)
     names = ("seconds_per_iteration", "tokens_per_iteration", "speed_up", "speed_up_of_the_run", "speed_up_predicted",
-             "reward", "reward_less_that_of_rho_1", "first_iteration")  # fmt: skip
+             "reward", "reward_less_that_of_rho_1", "speed_up_at_equal_reward", "first_iteration")  # fmt: skip
     values = (
         [total(row) for row in rows],
         [row["tokens"] for row in rows],
         [total(one) / total(row) for row, one in both],
-        [one["run"] / row["run"] for row, one in both],
+        [one["elapsed"][-1] / row["elapsed"][-1] for row, one in both],
         [predicted(one) for one in full],
-        [row["reward"] for row in rows],
-        [row["reward"] - one["reward"] for row, one in both],
+        [row["rewards"][-1] for row in rows],
+        [row["rewards"][-1] - one["rewards"][-1] for row, one in both],
+        [seconds_to(row["rewards"][-1], one) / row["elapsed"][-1] for row, one in both],
         [row["first_iteration"] for row in rows],
     )
     parts = {part: interval([row["seconds"][part] for row in rows])[0] for part in PARTS}
@@ -163,8 +177,9 @@ def print_table(figures: dict[str, dict[str, Any]]) -> None:
         ("speed-up of an iteration", "speed_up", 2),
         ("speed-up by the cost model", "speed_up_predicted", 2),
         ("speed-up of the run", "speed_up_of_the_run", 2),
-        ("reward", "reward", 3),
-        ("reward less that of rho = 1", "reward_less_that_of_rho_1", 3),
+        ("reward at the end", "reward", 3),
+        ("the same, less that of rho = 1", "reward_less_that_of_rho_1", 3),
+        ("speed-up at equal reward", "speed_up_at_equal_reward", 2),
         ("seconds of the first iteration", "first_iteration", 1),
     ]
     print("\n| rho | " + " | ".join(figures) + " |\n|---|" + "---|" * len(figures))
