@@ -12,14 +12,15 @@ Cost model (docs/methods/optune.md): with C the seconds at rho = 1,
 
     speed-up(rho) = (C_sample + C_score + C_reference + C_train) / (rho (C_sample + C_score + C_reference) + C_train)
 
-"At equal reward": the seconds in which the run at rho = 1 came to the reward that a run reached, over those of that run.
-Intervals are 95 % by Student's t over seeds; speed-ups and rewards are compared within a seed. Resumable: the same
-command continues. Prints, last, one line of JSON.
+"At equal reward": the seconds in which the run at rho = 1 came to the reward that a run reached, over that run's own.
+Intervals are 95 % by Student's t over seeds; speed-ups and rewards are compared within a seed. The same command
+continues; a run that was stopped midway begins again, so that its seconds are whole. Prints, last, one line of JSON.
 """
 
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from functools import partial
 from itertools import accumulate, pairwise
@@ -98,6 +99,8 @@ def one_run(args: argparse.Namespace, start: ModelRef, fraction: float, seed: in
         compute=COMPUTE,
         engine="transformers",
     ).replace(weights__function=args.weights)  # fmt: skip
+    if not (out / "report.html").is_file():
+        shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as cache, Run.open(out, recipe="optune", config=cfg) as run:
         os.environ["PREFLOOP_CACHE"] = cache  # an earlier run of the seed had the same first pairs
         optune(cfg, run)
