@@ -121,10 +121,10 @@ def demo() -> OspConfig:
         held_out="seed:held_out",
         evaluator="rule:helpful-short",
         rounds=2,
-        prompts_per_round=12,
+        prompts_per_round=8,
         sampling=Sampling(max_new_tokens=64),
         look_at=LookAt(answers=12, shown=4),
-        train=Train(steps=6, batch_size=8, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
+        train=Train(steps=4, batch_size=8, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
     )
 
 
