@@ -12,7 +12,8 @@ Cost model (docs/methods/optune.md): with C the seconds at rho = 1,
 
     speed-up(rho) = (C_sample + C_score + C_reference + C_train) / (rho (C_sample + C_score + C_reference) + C_train)
 
-"At equal reward": the seconds in which the run at rho = 1 came to the reward that a run reached, over that run's own.
+"At equal reward": seconds of the run at rho = 1 over those of the other, each until it first came to the highest reward
+that both came to, between two iterations by a straight line.
 Intervals are 95 % by Student's t over seeds; speed-ups and rewards are compared within a seed. The same command
 continues; a run that was stopped midway begins again, so that its seconds are whole. Prints, last, one line of JSON.
 """
@@ -140,14 +141,14 @@ def compared(rows: list[dict[str, Any]], full: list[dict[str, Any]], fraction: f
         return total(row) / (fraction * scaled + row["seconds"]["train"])
 
     def seconds_to(reward: float, row: dict[str, Any]) -> float:
-        """Until a run reached a reward for the first time, between two iterations by a straight line; all of its
-        seconds where it never did.
-        """
-        points = list(zip(row["elapsed"], row["rewards"], strict=True))
-        for (t0, r0), (t1, r1) in pairwise(points):
-            if r0 <= reward <= r1 and r1 > r0:
-                return t0 + (reward - r0) / (r1 - r0) * (t1 - t0)
-        return row["elapsed"][-1]
+        points = zip(row["elapsed"], row["rewards"], strict=True)
+        return next(
+            t0 + (reward - r0) / (r1 - r0) * (t1 - t0) for (t0, r0), (t1, r1) in pairwise(points) if r0 < reward <= r1
+        )
+
+    def at_equal_reward(row: dict[str, Any], one: dict[str, Any]) -> float:
+        both_reached = min(max(row["rewards"]), max(one["rewards"]))
+        return seconds_to(both_reached, one) / seconds_to(both_reached, row)
 
     both = list(zip(rows, full, strict=True))
     over_seeds = partial(map, interval)
@@ -161,7 +162,7 @@ def compared(rows: list[dict[str, Any]], full: list[dict[str, Any]], fraction: f
         [predicted(one) for one in full],
         [row["rewards"][-1] for row in rows],
         [row["rewards"][-1] - one["rewards"][-1] for row, one in both],
-        [seconds_to(row["rewards"][-1], one) / row["elapsed"][-1] for row, one in both],
+        [at_equal_reward(row, one) for row, one in both],
         [row["first_iteration"] for row in rows],
     )
     parts = {part: interval([row["seconds"][part] for row in rows])[0] for part in PARTS}
