@@ -142,9 +142,10 @@ def compared(rows: list[dict[str, Any]], full: list[dict[str, Any]], fraction: f
 
     def seconds_to(reward: float, row: dict[str, Any]) -> float:
         points = zip(row["elapsed"], row["rewards"], strict=True)
-        return next(
+        reached = (
             t0 + (reward - r0) / (r1 - r0) * (t1 - t0) for (t0, r0), (t1, r1) in pairwise(points) if r0 < reward <= r1
         )
+        return next(reached, row["elapsed"][-1])  # a run that never rises above its start takes all its time
 
     def at_equal_reward(row: dict[str, Any], one: dict[str, Any]) -> float:
         both_reached = min(max(row["rewards"]), max(one["rewards"]))
