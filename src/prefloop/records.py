@@ -85,6 +85,7 @@ class Response(Record):
     reference_logp: float | None = Field(default=None, description="log pi(t-2), the denominator")
     score: float | None = Field(default=None, description="higher is better; None with `failure` when unusable")
     failure: str | None = Field(default=None, description="why there is no score")
+    version: int | None = Field(default=None, description="t of the policy pi(t) that sampled it, where several have")
 
     @property
     def length_chars(self) -> int:

@@ -21,7 +21,7 @@ CSV = 'prompt,chosen,score\n"Name a colour.\u2028Or two.","Red, or ""blue""\nor 
 
 def write(path: Path, content: str | bytes) -> Path:
     data = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" and isinstance(content, str) else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" and isinstance(content, str) else data)
     return path
 
 
@@ -142,7 +142,7 @@ def test_saved_dataset_dict_folder(tmp_path: Path) -> None:
         ("a.csv", 'a\n"x', "not valid CSV (unexpected end of data); check the quotes"),
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 text (byte 0xff at position 7); save it as UTF-8"),
         ("a.jsonl.gz", b"no gzip", "not a whole gzip file (Not a gzipped file (b'no')); copy or compress it again"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}')[:-9], "not a whole gzip file (Compressed file ended before the "
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "not a whole gzip file (Compressed file ended before the "
                        "end-of-stream marker was reached); copy or compress it again"),
     ],
 )  # fmt: skip

@@ -7,9 +7,10 @@ import pytest
 from prefloop.errors import InputError
 from prefloop.records import Group, Prompt, Response
 from prefloop.report.card import model_card
+from prefloop.report.costs import costs
 from prefloop.report.markdown import write_report
 from prefloop.report.story import Round, Story, read_story
-from tests.report.runs import checkup
+from tests.report.runs import checkup, steps, write_run
 
 
 def story(path: Path, *rounds: Round, **config: object) -> Story:
@@ -68,3 +69,23 @@ def test_the_card_names_a_base_model_that_looks_like_a_hub_id(tmp_path: Path, po
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run folder"):
         read_story(tmp_path)
+
+
+def test_what_a_round_took_is_a_column_a_round(tmp_path: Path) -> None:
+    counts = {
+        "round-1/groups": {"answers": 20, "tokens": 400}, "round-1/stored": {"prompts with new answers": 10},
+        "round-2/groups": {"answers": 10, "tokens": 200}, "round-2/strengths": {"comparisons": 3, "questions": 6},
+    }  # fmt: skip
+    training = {"round-1": steps(5, loss=0.5), "round-2": steps(5, loss=0.4)}
+    labels, rows = costs(read_story(write_run(tmp_path, training=training, counts=counts)))
+    assert labels == ["round-1", "round-2"]
+    assert {name: values for name, *values in rows} == {
+        "prompts with new answers": ["10", "-"],
+        "answers sampled": ["20", "10"],
+        "tokens sampled": ["400", "200"],
+        "comparisons by the judge": ["-", "3"],
+        "questions to the judge": ["-", "6"],
+        "seconds of sampling": ["2.0", "2.0"],
+        "seconds of scoring or judging": ["-", "2.0"],
+        "seconds of training": ["2.0", "2.0"],
+    }

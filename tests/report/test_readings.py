@@ -93,7 +93,7 @@ def test_a_judge_that_follows_the_slot() -> None:
     (reading,) = read(told)
     assert reading.where == ("judge:small",) and "in 50 % of the questions [38, 62]" in reading.text
     assert ("prefloop judge check" in remedies(told)) and ("--feedback.labels soft" in remedies(told))
-    counts = judge_counts(told.rounds)
+    counts = judge_counts(told)
     assert counts == {"pairs": 60, "consistent": 30, "first_slot": 20, "second_slot": 10}
     assert slot_share(counts) == pytest.approx((0.5, 0.3773502, 0.6226498), abs=1e-4)
     assert slot_share({"pairs": 3}) is None

@@ -217,6 +217,21 @@ def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt
     return said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []
 
 
+def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those to look at models with; a tenth (256 at most) without `cfg.held_out`."""
+    prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
+    if not prompts:
+        raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
+    held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
+    if held_out:
+        apart = {prompt.messages for prompt in held_out}
+        own = [prompt for prompt in prompts if prompt.messages not in apart]
+        if len(own) < len(prompts):
+            run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
+        return own, held_out
+    return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+
+
 def said(loaded: Loaded, run: Run) -> list[Any]:
     """What was loaded; the mapping found and the rows skipped are told."""
     run.note(f"{loaded.source}: {len(loaded.records)} rows; {loaded.mapping.describe()}")

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefloop.evaluate.checkup import Checkup
 from prefloop.report.charts import Chart, Point, Series, number, thinned
-from prefloop.report.story import Round, Story
-
-Interval = tuple[float, float, float]
+from prefloop.report.story import Interval, Round, Story
 
 
 def charts(stories: Sequence[Story]) -> list[tuple[str, list[Chart]]]:
@@ -34,28 +31,35 @@ def _labels(stories: Sequence[Story]) -> tuple[str, ...]:
 
 
 def _by_model(stories: Sequence[Story]) -> list[Chart]:
-    """Figures of the checkups with their intervals, a place on the x axis for every model."""
-    figures: list[tuple[str, str, str, float | None, Callable[[Checkup], Interval | None]]] = [
+    """Figures of the models with their intervals, a place on the x axis for every model."""
+    figures: list[tuple[str, str, str, float | None, Callable[[Round], Interval | None]]] = [
         (
             "Held-out accuracy",
             "share ranked as labelled",
             "Should rise above one half (the line), which is a coin. Whiskers are 95 % intervals.",
             0.5,
-            lambda c: c.accuracy,
+            lambda r: r.checkup and r.checkup.accuracy,
         ),
         (
             "Held-out margin",
             "beta h, reward units",
             "How far the implicit reward keeps chosen and rejected apart. It grows with training, also beyond use.",
             0.0,
-            lambda c: c.margin,
+            lambda r: r.checkup and r.checkup.margin,
+        ),
+        (
+            "Win rate against the start",
+            "share of held-out prompts",
+            "By the evaluator. Above one half (the line) beyond the whiskers is better than the start.",
+            0.5,
+            lambda r: r.win_rate,
         ),
         (
             "Answer length",
             "characters",
             "Should stay where it began: what grows beyond the whiskers is length, whatever the reward says.",
             None,
-            lambda c: c.length_chars,
+            lambda r: r.checkup and r.checkup.length_chars,
         ),
         (
             "Reward of own answers",
@@ -63,21 +67,21 @@ def _by_model(stories: Sequence[Story]) -> list[Chart]:
             "Should rise. Whiskers are 95 % intervals over held-out prompts. What gives the reward is not the truth: "
             "read some answers.",
             None,
-            lambda c: c.reward,
+            lambda r: r.checkup and r.checkup.reward,
         ),
         (
             "Drift from the start",
             "KL, nats a token",
             "How far own answers are from what the start model would write. Zero is no change.",
             0.0,
-            lambda c: c.kl_per_token,
+            lambda r: r.checkup and r.checkup.kl_per_token,
         ),
     ]
     labels, found = _labels(stories), []
     for title, unit, caption, level, read in figures:
         series = []
         for i, story in enumerate(stories):
-            known = [(labels.index(r.label), read(r.checkup)) for r in story.rounds if r.checkup]
+            known = [(labels.index(r.label), read(r)) for r in story.rounds if r.checkup]
             values = [(float(x), value) for x, value in known if value]
             if values:
                 series.append(

@@ -5,6 +5,7 @@ from typing import Any
 
 from prefloop.atomic import write_atomically
 from prefloop.report import readings
+from prefloop.report.costs import costs
 from prefloop.report.plots import plot_alpha, plot_training
 from prefloop.report.story import Round, Story, prompt_text
 from prefloop.report.table import WIN_RATES, markdown_table, win_rates
@@ -22,6 +23,7 @@ def write_report(story: Story) -> Path:
         f"# {story.recipe}: {story.name}",
         _what(story),
         "## Figures by round\n\n" + markdown_table(story),
+        _costs(story),
         *(["## Curves\n\n" + "\n\n".join(plots)] if plots else []),
         _win_rates(story),
         readings.markdown(readings.read(story)),
@@ -43,6 +45,8 @@ def _what(story: Story) -> str:
         ("pairs", config.get("pairs") if "data" not in config else None),
         ("data", config.get("data")),
         ("reward", config.get("reward")),
+        ("prompts", config.get("prompts")),
+        ("annotator", config.get("annotator")),
         ("held out", config.get("held_out")),
         ("seed", config.get("seed")),
         ("model", "model/"),
@@ -50,6 +54,14 @@ def _what(story: Story) -> str:
         ("stages, hashes, versions", "manifest.json"),
     ]
     return "\n".join(f"- {name}: `{value}`" for name, value in rows if value not in (None, ""))
+
+
+def _costs(story: Story) -> str:
+    labels, rows = costs(story)
+    if not rows:
+        return ""
+    lines = ["| | " + " | ".join(labels) + " |", "|---|" + "---:|" * len(labels)]
+    return "\n".join(["## What a round took", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _win_rates(story: Story) -> str:

@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
 from prefloop.atomic import write_atomically
 from prefloop.evaluate.figures import Figures, Report, figures_of, percent
 from prefloop.report.charts import Chart, draw, key, number
+from prefloop.report.costs import costs
 from prefloop.report.curves import charts
 from prefloop.report.readings import Reading, judge_counts, read, slot_share
 from prefloop.report.samples import embedded, samples
@@ -48,7 +49,9 @@ class RunPart:
     figures: Table
     win_rates: Table
     judge: list[Row]
+    costs: Table
     counts: Table
+    measured: Table
     stages: Table
     facts: list[Row]
 
@@ -132,7 +135,9 @@ def _part(story: Story) -> RunPart:
         figures=Table(("", *(round.label for round in story.rounds)), figures),
         win_rates=Table(WIN_RATES, [tuple(row) for row in win_rates(story)], text=0),
         judge=_judge(story),
-        counts=_counts(story),
+        costs=_costs(story),
+        counts=_by_round(story, "counts"),
+        measured=_by_round(story, "figures"),
         stages=Table(("stage", "result", "sha256", "size", "seconds", "share"), _stages(story), text=3),
         facts=_facts(story),
     )
@@ -157,8 +162,10 @@ def _summary(story: Story) -> str:
     if last and last.accuracy:
         said.append("held-out accuracy {:.2f} [{:.2f}, {:.2f}]".format(*last.accuracy))
     evaluations = [row for round in story.rounds for row in round.evaluations]
-    if evaluations and evaluations[-1][1]["against_start"]["rate"]:
-        said.append("win rate {:.2f} [{:.2f}, {:.2f}]".format(*evaluations[-1][1]["against_start"]["rate"]))
+    win_rates = [r.win_rate for r in story.rounds if r.win_rate]
+    win_rates += [found["against_start"]["rate"] for _, found in evaluations if found["against_start"]["rate"]]
+    if win_rates:
+        said.append("win rate {:.2f} [{:.2f}, {:.2f}]".format(*win_rates[-1]))
     if first and last and first.length_chars and last.length_chars:
         said.append(f"answers {first.length_chars[0]:.0f} to {last.length_chars[0]:.0f} characters")
     if first and last and first.reward and last.reward:
@@ -208,10 +215,10 @@ def _size(size: int) -> str:
 
 
 def _judge(story: Story) -> list[Row]:
-    """What the annotator of an online method said and used."""
-    counts = judge_counts(story.rounds)
+    """What an annotator said and used."""
+    counts = judge_counts(story)
     names = {"tie": "ties", "identical": "not asked: identical answers", "unfinished": "with a cut answer"}
-    shown = ("pairs", "tie", "abstained", "identical", "unfinished")
+    shown = ("pairs", "decided", "tie", "abstained", "identical", "unfinished")
     rows: list[Row] = [(names.get(name, name), str(counts[name])) for name in shown if name in counts]
     share = slot_share(counts)
     if share:
@@ -226,16 +233,21 @@ def _judge(story: Story) -> list[Row]:
     return rows
 
 
-def _counts(story: Story) -> Table:
-    """What was kept and dropped, a column a round."""
+def _costs(story: Story) -> Table:
+    labels, rows = costs(story)
+    return Table(("", *labels), [tuple(row) for row in rows])
+
+
+def _by_round(story: Story, what: Literal["counts", "figures"]) -> Table:
+    """What was kept and dropped, or measured on the way, a column a round."""
     labels: list[str] = []
-    counted: dict[tuple[str, str], dict[str, int]] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for name, entry in story.stages.items():
         label, _, part = name.rpartition("/")
-        for reason, n in (entry.get("counts") or {}).items():
+        for reason, value in (entry.get(what) or {}).items():
             labels += [] if label in labels else [label]
-            counted.setdefault((part, reason), {})[label] = n
-    rows = [(*what, *(str(found.get(label, "")) for label in labels)) for what, found in counted.items()]
+            found.setdefault((part, reason), {})[label] = str(value) if what == "counts" else number(value)
+    rows = [(*row, *(values.get(label, "") for label in labels)) for row, values in found.items()]
     return Table(("stage", "what", *labels), rows, text=2)
 
 

@@ -46,11 +46,12 @@ def plot_training(story: Story, file: Path) -> bool:
         steps = [row for row in round.training if "loss" in row]
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]
-        for axis, name in zip(axes, ("loss", "margin"), strict=False):
+        of_pairs = "margin" in steps[0]  # in a run that trains on pairs, a first round may train on something else
+        for axis, name in zip(axes, ("loss", "margin") if of_pairs else ("loss",), strict=False):
             axis.plot(x, [row.get(name, nan) for row in steps], color=colour, label=round.label)
             axis.plot([offset + row["step"] for row in looks], [row["validation"].get(name, nan) for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
-        if pairs:
+        if of_pairs:
             for side, line in (("chosen", "-"), ("rejected", "--")):
                 change = [row.get(f"{side}_change", nan) for row in steps]  # no reference, no change from it
                 axes[2].plot(x, change, line, color=colour, label=f"{round.label} {side}")

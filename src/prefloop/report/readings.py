@@ -54,10 +54,14 @@ def tail_mean(round: Round, name: str, share: float = 0.1) -> float | None:
     return fmean(values[-max(5, math.ceil(share * len(values))) :]) if values else None
 
 
-def judge_counts(rounds: Sequence[Round]) -> dict[str, int]:
-    """What an annotator said over all online steps: pairs, ties, abstentions, slots followed; only what was counted."""
-    names = ("pairs", "identical", "unfinished", "tie", "abstained", "consistent", "first_slot", "second_slot")
-    rows = [row for round in rounds for row in round.steps]
+def judge_counts(story: Story) -> dict[str, int]:
+    """What an annotator said over all online steps, or in all rounds: pairs, ties, abstentions, slots followed; only
+    what was counted.
+    """
+    names = ("pairs", "decided", "identical", "unfinished", "tie", "abstained", "consistent", "first_slot",
+             "second_slot")  # fmt: skip
+    rows = [row for round in story.rounds for row in round.steps]
+    rows += [entry.get("counts") or {} for name, entry in story.stages.items() if name.endswith("/strengths")]
     return {name: sum(row.get(name, 0) for row in rows) for name in names if any(name in row for row in rows)}
 
 
@@ -105,6 +109,10 @@ def _length_grows(story: Story) -> Iterator[Reading]:
                  ("--length-unit tokens", "measures length as the model pays for it")],
         "oaif": [("--feedback.instruction helpfulness-short", "asks a judge for the shorter of two that are close"),
                  ("--beta", "higher: a stronger pull to the reference")],
+        "osp": [("--feedback.instruction helpfulness-short", "asks the judge for the shorter of two that are close"),
+                ("--beta", "higher: a stronger pull to the reference")],
+        "optune": [("--annotator", "one whose scores do not grow with length"),
+                   ("--beta", "higher: a stronger pull to the reference")],
         "dpo": [("prefloop dice --alpha auto", "makes pairs whose winners are as long as their losers"),
                 ("--beta", "higher: a stronger pull to the reference")],
     }  # fmt: skip
@@ -182,7 +190,7 @@ def _overfitted_judge(story: Story) -> Iterator[Reading]:
 
 
 def _follows_slot(story: Story) -> Iterator[Reading]:
-    share = slot_share(judge_counts(story.rounds))
+    share = slot_share(judge_counts(story))
     if share and share[1] > FOLLOWS_SLOT:
         yield Reading(
             (str(story.config.get("annotator", "")),),
@@ -198,8 +206,8 @@ def _follows_slot(story: Story) -> Iterator[Reading]:
 
 
 def _abstains(story: Story) -> Iterator[Reading]:
-    counts = judge_counts(story.rounds)
-    asked = sum(counts.get(name, 0) for name in ("pairs", "tie", "abstained"))
+    counts = judge_counts(story)
+    asked = sum(counts.get(name, 0) for name in ("pairs", "decided", "tie", "abstained"))
     if asked and counts.get("abstained", 0) / asked > ABSTAINS:
         yield Reading(
             (str(story.config.get("annotator", "")),),

@@ -20,6 +20,7 @@ from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import recipe_of
 
+Interval = tuple[float, float, float]
 TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
@@ -32,6 +33,7 @@ class Round:
     """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...; or a side of an evaluation.
 
     preferred: P(the answer is preferred over the other side's), where an evaluation asked.
+    win_rate: of its `answers` against the start's.
     asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
     """
 
@@ -41,6 +43,7 @@ class Round:
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
     preferred: list[float | None] = field(default_factory=list)
+    win_rate: Interval | None = None
     asked: list[Asked] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -217,12 +220,14 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
     own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
     figures = {name: value for found in own for name, value in found.items()}
     checkup, length = text("checkup.json"), text("length.json")
+    rate = json.loads(text("win_rate.json") or "{}").get("rate")
     return Round(
         label=label,
         checkup=Checkup.from_json(checkup) if checkup else None,
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
+        win_rate=tuple(rate) if rate else None,
         asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
         figures=figures,
     )

@@ -82,7 +82,7 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
     (
         "win rate",
         "share of held-out prompts on which the evaluator prefers it to the start, at the last evaluation",
-        lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"]) if r.evaluations else "-",
+        lambda r: _interval(r.evaluations[-1][1]["against_start"]["rate"] if r.evaluations else r.win_rate),
     ),
     (
         "at equal length",
