@@ -43,7 +43,7 @@ from prefloop.errors import FeedbackError, InputError, PrefloopError
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
-from prefloop.recipes.steps import LookAt, check_room, conclude, load_own_prompts, look_at, split_off
+from prefloop.recipes.steps import LookAt, check_room, conclude, look_at, prompts_and_held_out
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
@@ -198,17 +198,7 @@ def load_both(cfg: OaifConfig, run: "Run") -> "tuple[list[Prompt], list[Prompt]]
     """The prompts to train on and those to look at models with."""
     if not cfg.annotator:
         raise InputError("--annotator is missing: name who judges, such as rule:helpful-short or judge:MODEL")
-    prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
-    if not prompts:
-        raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
-    held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
-    if held_out:
-        apart = {prompt.messages for prompt in held_out}
-        own = [prompt for prompt in prompts if prompt.messages not in apart]
-        if len(own) < len(prompts):
-            run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
-        return own, held_out
-    return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+    return prompts_and_held_out(cfg, run)
 
 
 def align(

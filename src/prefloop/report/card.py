@@ -13,11 +13,11 @@ def model_card(story: Story) -> str:
 
     It holds no time and no path, so that the same run writes the same card.
     """
-    start = str(story.config.get("policy", ""))
+    start = str(story.config.get("policy") or story.config.get("base") or "")
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["prefloop", story.recipe, "dpo", "preference-optimization"],
+        "tags": ["prefloop", story.recipe, *([] if story.recipe == "expo" else ["dpo"]), "preference-optimization"],
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
@@ -29,8 +29,7 @@ def model_card(story: Story) -> str:
 
 # {start or "model"} aligned with {story.recipe}
 
-Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the
-pairs `{story.config.get("pairs")}`, with seed {story.config.get("seed")}. Made with {versions}.
+{_made(story, start)}, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,3 +50,16 @@ Held-out pairs: `{story.config.get("held_out")}`.
 {options.strip()}
 ```
 """
+
+
+def _made(story: Story, start: str) -> str:
+    """How the model came about, in half a sentence."""
+    config = story.config
+    if story.recipe != "expo":
+        pairs = config.get("pairs")
+        return f"Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on the\npairs `{pairs}`"
+    aligned = f"`{config['aligned']}`" if config.get("aligned") else f"a DPO round on the pairs `{config.get('pairs')}`"
+    return (
+        "Extrapolated with prefloop by the recipe `expo`: theta_1 + alpha (theta_1 - theta_0),\n"
+        f"alpha = {story.alpha}, theta_0 = `{start}`, theta_1 = {aligned}"
+    )

@@ -19,7 +19,7 @@ from prefloop.report.curves import charts
 from prefloop.report.readings import Reading, judge_counts, read, slot_share
 from prefloop.report.samples import embedded, samples
 from prefloop.report.story import Story
-from prefloop.report.table import WIN_RATES, cells, meanings, win_rates
+from prefloop.report.table import ALPHAS, WIN_RATES, alphas, alphas_meaning, cells, meanings, win_rates
 
 FOLDER = Path(__file__).parent
 REPORT = "report.html"
@@ -45,6 +45,8 @@ class RunPart:
     readings: list[Reading]
     figures: Table
     win_rates: Table
+    alphas: Table
+    alphas_meaning: str
     judge: list[Row]
     counts: Table
     stages: Table
@@ -124,6 +126,8 @@ def _part(story: Story) -> RunPart:
         readings=read(story),
         figures=Table(("", *(round.label for round in story.rounds)), figures),
         win_rates=Table(WIN_RATES, [tuple(row) for row in win_rates(story)], text=0),
+        alphas=Table(ALPHAS, [tuple(row) for row in alphas(story)] if story.tried else []),
+        alphas_meaning=alphas_meaning(story),
         judge=_judge(story),
         counts=_counts(story),
         stages=Table(("stage", "result", "sha256", "size", "seconds", "share"), _stages(story), text=3),
@@ -135,9 +139,16 @@ def _summary(story: Story) -> str:
     """One sentence: what was done to which model, and what came out."""
     source = story.config.get("pairs") or story.config.get("prompts") or "no data named"
     rounds = [round for round in story.rounds if round.training]
+    config = story.config
     said = [
-        f"{story.recipe} on {story.config.get('policy')} with {source}, {_plural(len(rounds), 'round')} of training"
+        f"{story.recipe} on {config.get('policy') or config.get('base')} with {source}, "
+        f"{_plural(len(rounds), 'round')} of training"
     ]
+    if story.alpha is not None:
+        said.append(f"alpha = {story.alpha:g} of {len(story.tried)} tried")
+    confirmed = [round.candidate.rate for round in story.rounds if round.candidate and round.candidate.rate]
+    if confirmed:
+        said.append("judged {:.2f} [{:.2f}, {:.2f}] on held-out prompts".format(*confirmed[-1]))
     first, last = (next((r.checkup for r in order if r.checkup), None) for order in (story.rounds, story.rounds[::-1]))
     if last and last.accuracy:
         said.append("held-out accuracy {:.2f} [{:.2f}, {:.2f}]".format(*last.accuracy))
@@ -226,7 +237,19 @@ def _stages(story: Story) -> list[Row]:
 def _facts(story: Story) -> list[Row]:
     """What was run and from what."""
     config, environment = story.config, story.environment
-    names = ("policy", "reference", "pairs", "prompts", "held_out", "annotator", "evaluator", "seed")
+    names = (
+        "policy",
+        "reference",
+        "base",
+        "aligned",
+        "pairs",
+        "prompts",
+        "held_out",
+        "annotator",
+        "evaluator",
+        "scorer",
+        "seed",
+    )
     versions = [f"{name} {environment[name]}" for name in environment if name not in ("platform", "cpus")]
     engines = dict.fromkeys(
         f"{event['name']} on {event['device']}, {event['dtype']}"

@@ -12,23 +12,32 @@ from typing import Any
 
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
+from prefloop.evaluate.candidate import Candidate
 from prefloop.evaluate.checkup import Checkup
+from prefloop.merge.distance import Distance
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt
 
 TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
+NO_MODELS = ("data", "search")
+"""Folders of a run that are none of its models."""
+
 
 @dataclass(frozen=True)
 class Round:
-    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ..."""
+    """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...
+
+    candidate: of ExPO, its figures on held-out prompts.
+    """
 
     label: str
     checkup: Checkup | None = None
     length: LengthCoefficient | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
+    candidate: Candidate | None = None
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -44,7 +53,8 @@ class Round:
 @dataclass(frozen=True)
 class Story:
     """A run as a person wants to read it. `stages` are the manifest's entries: counts, figures
-    and seconds by stage name. `events` are those that `TOLD` names.
+    and seconds by stage name. `events` are those that `TOLD` names. `tried`: what ExPO chose among, by alpha, and
+    `alpha` what it chose; both empty elsewhere. `distance`: of the aligned model from its base.
     """
 
     path: Path
@@ -54,6 +64,9 @@ class Story:
     stages: dict[str, dict[str, Any]]
     rounds: list[Round]
     events: list[dict[str, Any]] = field(default_factory=list)
+    tried: list[Candidate] = field(default_factory=list)
+    alpha: float | None = None
+    distance: Distance | None = None
 
     @property
     def name(self) -> str:
@@ -97,8 +110,11 @@ def read_story(path: Path) -> Story:
             config=config,
             environment=manifest["environment"],
             stages=stages,
-            rounds=[_read_round(path / label, label) for label in labels if label != "data"],
+            rounds=[_read_round(path / label, label) for label in labels if label not in NO_MODELS],
             events=_read_events(path / "events.jsonl"),
+            tried=_read_tried(path / "search"),
+            alpha=_read_alpha(path / "choice.json"),
+            distance=_read_distance(path / "distance.json"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
@@ -151,16 +167,30 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     return events
 
 
+def _read_tried(folder: Path) -> list[Candidate]:
+    found = [Candidate.from_json(file.read_text(encoding="utf-8")) for file in folder.glob("*/figures.json")]
+    return sorted(found, key=lambda one: one.alpha)
+
+
+def _read_alpha(file: Path) -> float | None:
+    return float(json.loads(file.read_text(encoding="utf-8"))["alpha"]) if file.is_file() else None
+
+
+def _read_distance(file: Path) -> Distance | None:
+    return Distance.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def _read_round(folder: Path, label: str) -> Round:
     def text(name: str) -> str:
         file = folder / name
         return file.read_text(encoding="utf-8") if file.is_file() else ""
 
-    checkup, length = text("checkup.json"), text("length.json")
+    checkup, length, candidate = text("checkup.json"), text("length.json"), text("figures.json")
     return Round(
         label=label,
         checkup=Checkup.from_json(checkup) if checkup else None,
         length=LengthCoefficient.from_json(length) if length else None,
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
+        candidate=Candidate.from_json(candidate) if candidate else None,
     )
