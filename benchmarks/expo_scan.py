@@ -6,7 +6,7 @@ The start model theta_0 is a small language model that is trained on the spot (s
 prompt, are ranked by `rule:helpful`, which is the truth here, and DPO trains on these pairs. It is stopped at 5, 10,
 20, 40 and 100 % of its steps (a constant learning rate after the warm-up, so a stopped training is the beginning of the
 whole one), and every theta_1 so made is extrapolated over alpha, as far as (1 + alpha) times its share of the steps is
-at most 3.5. All models answer the same prompts with the same seeds. alpha is chosen on one half of the prompts, with
+at most 2. All models answer the same prompts with the same seeds. alpha is chosen on one half of the prompts, with
 the guard of `prefloop expo`; every figure is of the other half.
 
 Figures are means over seeds (of the pairs, of DPO's order, of the prompts) with a 95 % interval by Student's t over
@@ -15,12 +15,13 @@ seeds. Resumable: the same command continues. Prints, last, one line of JSON.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from intervals import interval
-from prefloop.config import Config
+from prefloop.config import Config, free
 from prefloop.evaluate.candidate import Candidate, Guard, candidate, refusal
 from prefloop.feedback.rule import load_rule
 from prefloop.feedback.rules import RULES
@@ -40,8 +41,8 @@ from small_world import prompts, small_model
 
 SHARES = (5, 10, 20, 40, 100)
 """Per cent of the steps."""
-ALPHAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-FARTHEST = 3.5
+ALPHAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+FARTHEST = 2.0
 """Largest (1 + alpha) times the share of the steps."""
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=160)
 COMPUTE = Compute(dtype="float32", sampling_dtype="float32")
@@ -50,7 +51,7 @@ COMPUTE = Compute(dtype="float32", sampling_dtype="float32")
 class ScanConfig(Config):
     """Size of the experiment."""
 
-    seeds: int = 3
+    seeds: int = free(default=3)
     pairs: int = 1200
     prompts: int = 200
     steps: int = 100
@@ -168,7 +169,7 @@ def figures(
     ]
 
 
-def helpful(groups: list[Group]) -> list[list[float | None]]:
+def helpful(groups: Sequence[Group]) -> list[list[float | None]]:
     return [[RULES["helpful"](group.prompt, response) for response in group.responses] for group in groups]
 
 

@@ -6,6 +6,7 @@ those of the model it was made from, to the same prompts with the same seeds.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -93,7 +94,7 @@ def candidate(
     )
 
 
-def verdict(verdicts: Sequence[Judgement] | Sequence[Group]) -> dict[str, object]:
+def verdict(verdicts: Sequence[Judgement] | Sequence[Group]) -> dict[str, Any]:
     judgements = [one for one in verdicts if isinstance(one, Judgement)]
     if judgements:
         return {"preferred": win_rate(judgements)}

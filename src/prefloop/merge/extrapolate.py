@@ -43,8 +43,8 @@ class Weights:
                 handle: Any = stack.enter_context(safe_open(file, "pt"))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} cannot be read ({error}); it may be truncated: get it again") from None
-            for stored in handle.keys():
-                name = tied.get(stored, stored)
+            for stored in map(str, handle.keys()):
+                name: str = tied.get(stored, stored)
                 if stored in buffers or not handle.get_slice(stored).get_dtype().startswith(("F", "BF")):
                     continue
                 if name == stored or name not in self._places:

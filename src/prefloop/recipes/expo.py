@@ -135,10 +135,10 @@ def demo() -> ExpoConfig:
         prompts="seed:train",
         held_out="seed:held_out",
         annotator="rule:helpful-short",
-        search=Search(grid=(0.25, 0.5), limit=24),
-        sampling=Sampling(temperature=0.7, top_p=0.9, max_new_tokens=64),
-        look_at=LookAt(answers=24, shown=4),
-        train=Train(steps=16, batch_size=4, learning_rate=5e-6, warmup_steps=2, validation_pairs=0, checkpoint_every=8),
+        search=Search(grid=(0.5, 1.0, 2.0), largest=16.0, limit=16),
+        sampling=Sampling(temperature=0.7, top_p=0.9, max_new_tokens=48),
+        look_at=LookAt(answers=16, shown=4),
+        train=Train(steps=12, batch_size=4, learning_rate=2e-5, warmup_steps=2, validation_pairs=0, checkpoint_every=6),
     )
 
 
