@@ -168,7 +168,7 @@ def expo(cfg: ExpoConfig, run: "Run") -> ModelRef:
             scale_adapter_too(run, Path(cfg.aligned), alpha)
         if held_out:
             answers = look("expo", model)
-            if judge.named:
+            if own and judge.named:
                 before = weigh(run, "aligned", 0.0, own, own, None, aligned, judge, cfg)
                 weigh(run, "expo", alpha, answers, own, before, aligned, judge, cfg)
     return conclude(run, model)
