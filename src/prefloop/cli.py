@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ COMMANDS = {
         "prefloop.recipes.osp:osp",
         ("demo",),
     ),
+    "expo": Command(
+        PREFERENCES,
+        "extrapolation: further along the line from a base to its aligned model, no training (arXiv 2404.16792)",
+        "prefloop.recipes.expo:ExpoConfig",
+        "prefloop.recipes.expo:expo",
+        ("demo",),
+    ),
     "sft": Command(SCORED, "supervised fine-tuning on answers to imitate", "prefloop.recipes.sft:SftConfig",
                    "prefloop.recipes.sft:sft", ("demo",)),
     "fa": Command(SCORED, "filtering alignment: fine-tuning on the answers with a high reward (arXiv 2308.12050)",
@@ -108,6 +116,10 @@ COMMANDS = {
     "doctor": Command("steps", "what this machine makes of a model: path, parity, memory and time a step",
                       "prefloop.commands:DoctorOptions", "prefloop.commands:doctor"),
 }  # fmt: skip
+
+
+UNNAMED = ("file", "runs", "answers", "base", "aligned")
+"""Options that may stand first on the command line, in this order, without their names."""
 
 
 def load(name: str) -> Any:
@@ -175,6 +187,17 @@ def with_booleans(args: Sequence[str], config: type[Config]) -> list[str]:
             if switch and (i + 1 == len(args) or args[i + 1].startswith("--")):
                 given.append("True")
     return given
+
+
+def with_names(args: Sequence[str], config: type[Config]) -> list[str]:
+    """`BASE ALIGNED --alpha 0.5` as the parser wants it: `--base BASE --aligned ALIGNED --alpha 0.5`.
+
+    What comes first needs no name: `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`.
+    """
+    names = [name for name in UNNAMED if name in config.model_fields]
+    unnamed = list(takewhile(lambda arg: not arg.startswith("-"), args))[: len(names)]
+    named = [part for name, arg in zip(names, unnamed, strict=False) for part in (f"--{name}", arg)]
+    return [*named, *args[len(unnamed) :]]
 
 
 def option_names(config: type[Config]) -> list[str]:
@@ -259,7 +282,7 @@ def run_recipe(name: str, command: Command, args: list[str]) -> None:
     base = base_config(name, command, taken.get("preset"), taken.get("config"))
     if {"-h", "--help"} & set(rest):
         print(recipe_help(name, command))
-    cfg = parse(type(base), rest, prog=f"prefloop {name}", default=base)
+    cfg = parse(type(base), with_names(rest, type(base)), prog=f"prefloop {name}", default=base)
     if command.estimate and cfg.dry_run:
         print("\n".join(load(command.estimate)(cfg)))
         return
@@ -285,14 +308,7 @@ def recipe_help(name: str, command: Command) -> str:
 def run_step(name: str, command: Command, args: list[str]) -> None:
     """Parse the options of a single step and run it."""
     config: type[Config] = load(command.config)
-    for name_of in (
-        "file",
-        "runs",
-        "answers",
-    ):  # `prefloop inspect FILE` reads better than `prefloop inspect --file FILE`
-        if name_of in config.model_fields and args and not args[0].startswith("-"):
-            args = [f"--{name_of}", *args]
-    load(command.run)(parse(config, args, prog=f"prefloop {name}"))
+    load(command.run)(parse(config, with_names(args, config), prog=f"prefloop {name}"))
 
 
 def dispatch(argv: list[str]) -> None:

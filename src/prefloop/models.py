@@ -177,22 +177,28 @@ def _resolve_gguf(file: Path, name: str) -> ModelRef:
 
 def _resolve_adapter(path: Path) -> ModelRef:
     """A LoRA adapter folder, merged into its base model in float32."""
-    try:
-        adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        base = resolve(adapter["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}/adapter_config.json does not name a base model ({_one_line(error)})") from None
+    base = adapter_base(path)
     key = _hash_files(sorted(path.glob("adapter_*")))[:16]
 
     def build(folder: Path) -> None:
         peft = require_peft()
         model = peft.PeftModel.from_pretrained(load_model(base), str(path)).merge_and_unload()
-        has_tokenizer = any(path.glob("tokenizer*"))
-        write_model(folder, model, load_tokenizer(_bare(path) if has_tokenizer else base))
+        own = _bare(path)
+        write_model(folder, model, load_tokenizer(own if has_tokenizer(own) else base))
 
     return _converted(f"adapter-{key}-{base.fingerprint[:16]}", build, str(path))
+
+
+def adapter_base(path: Path) -> ModelRef:
+    """The model that an adapter folder is on. Raises InputError when the folder does not name one."""
+    try:
+        return resolve(
+            json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}/adapter_config.json does not name a base model ({_one_line(error)})") from None
 
 
 def _bare(path: Path) -> ModelRef:
@@ -233,6 +239,22 @@ def load_model(ref: ModelRef, *, dtype: str = "float32", device: str = "cpu") ->
         ) from None
     model: Any = loaded  # its own annotation of `to` hides the arguments
     return model.to(torch.device(device)).eval()
+
+
+def skeleton(ref: ModelRef) -> "PreTrainedModel":
+    """The model of a folder without its weights (on the meta device): names, shapes, what is tied to what."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), _quiet_transformers():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ref.path, local_files_only=True))
+    model.tie_weights()
+    return model
+
+
+def has_tokenizer(ref: ModelRef) -> bool:
+    """Whether there are files of a tokenizer in a model's folder."""
+    return any(ref.path.glob("tokenizer*"))
 
 
 def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":

@@ -142,8 +142,8 @@ def test_saved_dataset_dict_folder(tmp_path: Path) -> None:
         ("a.csv", 'a\n"x', "not valid CSV (unexpected end of data); check the quotes"),
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 text (byte 0xff at position 7); save it as UTF-8"),
         ("a.jsonl.gz", b"no gzip", "not a whole gzip file (Not a gzipped file (b'no')); copy or compress it again"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "not a whole gzip file (Compressed file ended before the "
-                       "end-of-stream marker was reached); copy or compress it again"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}', mtime=0)[:-9], "not a whole gzip file (Compressed file ended before "
+                       "the end-of-stream marker was reached); copy or compress it again"),
     ],
 )  # fmt: skip
 def test_broken_file_is_one_line(tmp_path: Path, name: str, content: str | bytes, problem: str) -> None:

@@ -191,12 +191,9 @@ def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -
     Vocabulary, BOS, EOS, chat template and the ids of PROBES are compared. The padding token is not: no padding enters
     a log-probability, and training programs change it freely.
     """
-    first, second = a.get_vocab(), b.get_vocab()
-    if len(first) != len(second):
-        return f"vocabularies of {len(first)} and {len(second)} tokens"
-    for token, id in sorted(first.items(), key=lambda item: item[1]):
-        if second.get(token) != id:
-            return f"token {token!r} is id {id} in one and {second.get(token, 'missing')} in the other"
+    difference = vocabulary_difference(a, b)
+    if difference:
+        return difference
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(a, name) != getattr(b, name):
             return f"{name} is {getattr(a, name)} in one and {getattr(b, name)} in the other"
@@ -210,6 +207,17 @@ def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -
         return "the chat templates render a prompt differently"
     if ChatFormat(a).end_token_id != ChatFormat(b).end_token_id:
         return "the chat templates end a turn with different tokens"
+    return None
+
+
+def vocabulary_difference(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> str | None:
+    """None when every token has the same id in both, otherwise what differs, in one line."""
+    first, second = a.get_vocab(), b.get_vocab()
+    if len(first) != len(second):
+        return f"vocabularies of {len(first)} and {len(second)} tokens"
+    for token, id in sorted(first.items(), key=lambda item: item[1]):
+        if second.get(token) != id:
+            return f"token {token!r} is id {id} in one and {second.get(token, 'missing')} in the other"
     return None
 
 

@@ -8,13 +8,14 @@ interval, and those of the other ratios, resample answers: the tokens of one ans
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.data.chat import ChatFormat
 from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer
-from prefloop.records import Group, Record
+from prefloop.records import Group, Record, Response
 from prefloop.run import Stage
 from prefloop.seeds import generator
 from prefloop.train.config import Compute
@@ -54,19 +55,26 @@ def drift(
     if reference is not None and reference.weights != policy.weights:
         theirs, their_entropy, _ = token_sums(answers, reference, compute=compute, stage=stage)
         kl, before = ratio(logps - theirs, tokens), float(their_entropy.sum() / tokens.sum())
-    texts = [response.text for response in responses]
-    ones = np.ones(len(texts))
     return Drift(
         answers=len(responses),
         kl_per_token=kl,
         entropy=ratio(entropy, tokens),
         reference_entropy=before,
-        length_tokens=ratio(tokens, ones),
-        finished=float(np.mean([response.finish_reason == "stop" for response in responses])),
-        repetition=ratio(np.array([repetition(text) for text in texts]), ones),
-        distinct_1=distinct(texts, 1),
-        distinct_2=distinct(texts, 2),
+        **answer_figures(responses),
     )
+
+
+def answer_figures(responses: Sequence[Response]) -> dict[str, Any]:
+    """length_tokens, finished, repetition, distinct_1 and distinct_2 of some answers, as `Drift` has them."""
+    texts = [response.text for response in responses]
+    ones = np.ones(len(texts))
+    return {
+        "length_tokens": ratio(np.array([response.length_tokens for response in responses], dtype=float), ones),
+        "finished": float(np.mean([response.finish_reason == "stop" for response in responses])),
+        "repetition": ratio(np.array([repetition(text) for text in texts]), ones),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
 
 
 def token_sums(

@@ -22,7 +22,7 @@ from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.page import REPORT, write_page
 from prefloop.report.story import read_story
-from prefloop.report.table import terminal_table
+from prefloop.report.table import terminal_tables
 from prefloop.run import Round, Run, Stage
 from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed, generator
@@ -218,18 +218,21 @@ def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt
 
 
 def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those to look at models with; a tenth (256 at most) without `cfg.held_out`."""
+    """The prompts of `cfg.prompts`, and those of `cfg.held_out` to look at models with; none is in both.
+
+    Without `cfg.held_out` a tenth of the prompts (256 at most) is held out. Raises InputError when there are none.
+    """
     prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
     if not prompts:
         raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
     held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
-    if held_out:
-        apart = {prompt.messages for prompt in held_out}
-        own = [prompt for prompt in prompts if prompt.messages not in apart]
-        if len(own) < len(prompts):
-            run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
-        return own, held_out
-    return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+    if not held_out:
+        return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
+    apart = {prompt.messages for prompt in held_out}
+    own = [prompt for prompt in prompts if prompt.messages not in apart]
+    if len(own) < len(prompts):
+        run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
+    return own, held_out
 
 
 def said(loaded: Loaded, run: Run) -> list[Any]:
@@ -297,5 +300,6 @@ def run_in_folder(recipe: str, method: Callable[[Any, Run], ModelRef], cfg: Conf
         model = method(cfg, run)
     story = read_story(out)
     seconds = sum(entry["seconds"] for entry in story.stages.values())
-    Console().print(terminal_table(story))
+    for table in terminal_tables(story):
+        Console().print(table)
     print(f"report  {out / REPORT}\nmodel   {model.path}\nstages  {seconds:.0f} s in all")

@@ -13,13 +13,23 @@ def model_card(story: Story) -> str:
 
     It holds no time and no path, so that the same run writes the same card.
     """
-    start = str(story.config.get("policy", ""))
+    start = str(story.config.get("policy") or story.config.get("base") or "")
     data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
     supervised = "data" in story.config
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["prefloop", story.recipe, *([] if supervised else ["dpo", "preference-optimization"])],
+        "tags": [
+            "prefloop",
+            story.recipe,
+            *(
+                []
+                if supervised
+                else ["preference-optimization"]
+                if story.recipe == "expo"
+                else ["dpo", "preference-optimization"]
+            ),
+        ],
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
@@ -31,8 +41,7 @@ def model_card(story: Story) -> str:
 
 # {start or "model"} aligned with {story.recipe}
 
-Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on
-`{data}`, with seed {story.config.get("seed")}. Made with {versions}.
+{_made(story, start, data)}, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,3 +62,15 @@ Held out: `{story.config.get("held_out")}`.
 {options.strip()}
 ```
 """
+
+
+def _made(story: Story, start: str, data: str | None) -> str:
+    """How the model came about, in half a sentence."""
+    config = story.config
+    if story.recipe != "expo":
+        return f"Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on\n`{data}`"
+    aligned = f"`{config['aligned']}`" if config.get("aligned") else f"a DPO round on the pairs `{config.get('pairs')}`"
+    return (
+        "Extrapolated with prefloop by the recipe `expo`: theta_1 + alpha (theta_1 - theta_0),\n"
+        f"alpha = {story.alpha}, theta_0 = `{start}`, theta_1 = {aligned}"
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from prefloop.evaluate.candidate import Candidate
 from prefloop.report.charts import Chart, Point, Series, number, thinned
 from prefloop.report.story import Interval, Round, Story
 
@@ -12,6 +13,7 @@ def charts(stories: Sequence[Story]) -> list[tuple[str, list[Chart]]]:
     groups = [
         ("Models", [*_by_model(stories), *_frontier(stories), *_asked(stories)]),
         ("Win rates", _win_rates(stories)),
+        ("Search over alpha", _alphas(stories)),
         ("Training", _training(stories)),
         ("Length of winners and losers", _length(stories)),
     ]
@@ -199,6 +201,67 @@ def _win_rates(stories: Sequence[Story]) -> list[Chart]:
             level=0.5,
         ),
     ]
+
+
+def _alphas(stories: Sequence[Story]) -> list[Chart]:
+    """What ExPO tried, a place on the x axis for every alpha."""
+    tried = sorted({one.alpha for story in stories for one in story.tried if one.answers})
+    annotated = all(story.config.get("annotator") for story in stories if story.tried)
+    figures: list[tuple[str, str, str, float | None, Callable[[Candidate], Interval | None]]] = [
+        (
+            "Judged",
+            "win rate over alpha = 0" if annotated else "mean score",
+            "Rises, and falls where the model breaks; alpha = 0 is the aligned model, -1 its base. Hovering says "
+            "what the guard refused.",
+            0.5 if annotated else None,
+            lambda one: one.rate,
+        ),
+        (
+            "Length of answers by alpha",
+            "tokens",
+            "What rises with the judgement may be a taste for length.",
+            None,
+            lambda one: one.length_tokens,
+        ),
+        (
+            "Perplexity by alpha",
+            "under the aligned model",
+            "How strange the answers are to the aligned model: falls where they become set phrases, rises where they "
+            "break.",
+            None,
+            lambda one: one.perplexity,
+        ),
+        (
+            "Repetition by alpha",
+            "share of runs of 4 words",
+            "Rises where answers fall into loops.",
+            None,
+            lambda one: one.repetition,
+        ),
+    ]
+    labels, found = tuple(f"{alpha:g}" for alpha in tried), []
+    for title, unit, caption, level, read in figures:
+        series = []
+        for i, story in enumerate(stories):
+            values = [(tried.index(one.alpha), read(one), one.refused) for one in story.tried if one.answers]
+            known = [(float(x), value, refused) for x, value, refused in values if value]
+            if known:
+                series.append(
+                    Series(
+                        story.name if _several(stories) else "",
+                        [(x, value[0]) for x, value, _ in known],
+                        [value[1:] for _, value, _ in known],
+                        [
+                            f"alpha = {labels[int(x)]}: {_value(value)}" + (f"; refused: {refused}" if refused else "")
+                            for x, value, refused in known
+                        ],
+                        colour=i,
+                        dots=True,
+                    )
+                )
+        if series:
+            found.append(Chart(title, "alpha", unit, caption, series, ticks=labels, level=level))
+    return found
 
 
 def _training(stories: Sequence[Story]) -> list[Chart]:

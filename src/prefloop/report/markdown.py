@@ -8,7 +8,7 @@ from prefloop.report import readings
 from prefloop.report.costs import costs
 from prefloop.report.plots import plot_alpha, plot_training
 from prefloop.report.story import Round, Story, prompt_text
-from prefloop.report.table import WIN_RATES, markdown_table, win_rates
+from prefloop.report.table import ALPHAS, WIN_RATES, alphas, alphas_meaning, markdown_table, win_rates
 
 
 def write_report(story: Story) -> Path:
@@ -26,6 +26,7 @@ def write_report(story: Story) -> Path:
         _costs(story),
         *(["## Curves\n\n" + "\n\n".join(plots)] if plots else []),
         _win_rates(story),
+        _alphas(story),
         readings.markdown(readings.read(story)),
         _before_and_after(story.rounds, shown),
         _counts(story),
@@ -41,6 +42,9 @@ def _what(story: Story) -> str:
     config = story.config
     rows = [
         ("policy", config.get("policy")),
+        ("base", config.get("base")),
+        ("aligned", config.get("aligned")),
+        ("alpha", story.alpha),
         ("reference", config.get("reference")),
         ("pairs", config.get("pairs") if "data" not in config else None),
         ("data", config.get("data")),
@@ -81,6 +85,15 @@ def _win_rates(story: Story) -> str:
         "|---:|---|---|---|---|---:|---:|",
         *lines,
     ])  # fmt: skip
+
+
+def _alphas(story: Story) -> str:
+    """What ExPO tried."""
+    if not story.tried:
+        return ""
+    lines = ["| " + " | ".join(row) + " |" for row in alphas(story)]
+    head = ["| " + " | ".join(ALPHAS) + " |", "|---|" + "---:|" * (len(ALPHAS) - 2) + "---|"]
+    return "\n".join(["## Search over alpha", "", alphas_meaning(story), "", *head, *lines])
 
 
 def _quoted(text: str) -> str:

@@ -21,7 +21,7 @@ from prefloop.report.curves import charts
 from prefloop.report.readings import Reading, judge_counts, read, slot_share
 from prefloop.report.samples import embedded, samples
 from prefloop.report.story import Story
-from prefloop.report.table import WIN_RATES, cells, meanings, win_rates
+from prefloop.report.table import ALPHAS, WIN_RATES, alphas, alphas_meaning, cells, meanings, win_rates
 
 FOLDER = Path(__file__).parent
 REPORT = "report.html"
@@ -48,6 +48,8 @@ class RunPart:
     evaluation: list[tuple[str, Table]]
     figures: Table
     win_rates: Table
+    alphas: Table
+    alphas_meaning: str
     judge: list[Row]
     costs: Table
     counts: Table
@@ -134,6 +136,8 @@ def _part(story: Story) -> RunPart:
         evaluation=[(found.title, Table(found.head, found.rows)) for found in _evaluation(story)],
         figures=Table(("", *(round.label for round in story.rounds)), figures),
         win_rates=Table(WIN_RATES, [tuple(row) for row in win_rates(story)], text=0),
+        alphas=Table(ALPHAS, [tuple(row) for row in alphas(story)] if story.tried else []),
+        alphas_meaning=alphas_meaning(story),
         judge=_judge(story),
         costs=_costs(story),
         counts=_by_round(story, "counts"),
@@ -155,9 +159,16 @@ def _summary(story: Story) -> str:
         (story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), "no data named"
     )
     rounds = [round for round in story.rounds if round.training]
+    config = story.config
     said = [
-        f"{story.recipe} on {story.config.get('policy')} with {source}, {_plural(len(rounds), 'round')} of training"
+        f"{story.recipe} on {config.get('policy') or config.get('base')} with {source}, "
+        f"{_plural(len(rounds), 'round')} of training"
     ]
+    if story.alpha is not None:
+        said.append(f"alpha = {story.alpha:g} of {len(story.tried)} tried")
+    confirmed = [round.candidate.rate for round in story.rounds if round.candidate and round.candidate.rate]
+    if confirmed:
+        said.append("judged {:.2f} [{:.2f}, {:.2f}] on held-out prompts".format(*confirmed[-1]))
     first, last = (next((r.checkup for r in order if r.checkup), None) for order in (story.rounds, story.rounds[::-1]))
     if last and last.accuracy:
         said.append("held-out accuracy {:.2f} [{:.2f}, {:.2f}]".format(*last.accuracy))
@@ -271,6 +282,8 @@ def _facts(story: Story) -> list[Row]:
         "policy",
         "against",
         "reference",
+        "base",
+        "aligned",
         "data",
         "pairs",
         "prompts",
@@ -278,6 +291,7 @@ def _facts(story: Story) -> list[Row]:
         "held_out",
         "annotator",
         "evaluator",
+        "scorer",
         "seed",
     )
     versions = [f"{name} {environment[name]}" for name in environment if name not in ("platform", "cpus")]

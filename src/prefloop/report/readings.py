@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from prefloop.evaluate.reward_accuracy import wilson_interval
+from prefloop.merge.distance import UNLIKELY
 from prefloop.report.story import Round, Story
 
 FINISHED = 0.7
@@ -40,7 +41,7 @@ class Reading:
 def read(story: Story) -> list[Reading]:
     """The patterns that a run shows, in a fixed order."""
     found = (_both_fall, _length_grows, _drifted, _saturated, _overfitted_judge, _follows_slot, _abstains, _unfinished,
-             _few_pairs, _few_carry, _deaf, _coin)  # fmt: skip
+             _few_pairs, _few_carry, _deaf, _coin, _extrapolated)  # fmt: skip
     return [reading for find in found for reading in find(story)]
 
 
@@ -133,7 +134,9 @@ def _drifted(story: Story) -> Iterator[Reading]:
             tuple(label for label, _ in gone),
             f"the model has left its start: each token of its own answers is on average {math.exp(kl[0]):.1f} times "
             f"likelier than under the start model ({label}). Read some answers: they may have lost their sense.",
-            (
+            (("--alpha", "smaller"),)
+            if story.recipe == "expo"
+            else (
                 ("--train.learning-rate", "lower"),
                 ("--train.steps", "fewer"),
                 *([("--beta", "higher: a stronger pull to the reference")] if "beta" in story.config else []),
@@ -298,6 +301,50 @@ def _coin(story: Story) -> Iterator[Reading]:
             "the interval of the held-out accuracy contains 1/2, so with these held-out pairs the implicit reward "
             "cannot be told from a coin.",
             (("--held-out", "more pairs narrow the interval"), ("--train.steps", "more")),
+        )
+
+
+def _extrapolated(story: Story) -> Iterator[Reading]:
+    """ExPO: what the search over alpha, and the distance of the two models, say."""
+    if story.distance and story.distance.relative > UNLIKELY:
+        yield Reading(
+            ("aligned",),
+            f"the aligned model is {story.distance.relative:.2g} of the base's norm away from it, which is far for an "
+            "alignment: the base may not be the model that it was trained from.",
+            (("BASE", "the very checkpoint that the alignment started from"),),
+        )
+    at = {one.alpha: one for one in story.tried}
+    if not at:
+        return
+    base, annotated = at.get(-1.0), bool(story.config.get("annotator"))
+    if base and base.rate and annotated and base.rate[1] > 0.5:
+        yield Reading(
+            ("alpha = -1",),
+            f"the annotator prefers the base to the aligned model ({base.rate[0]:.2f}): what was learned in between is "
+            "not what it likes, and more of it will not please it.",
+            (("--annotator", "one that wants what the alignment was for"),),
+        )
+    if story.alpha == 0:
+        yield Reading(
+            ("expo",),
+            "nothing that the guard let pass was judged better than the aligned model, so the model of this run is the "
+            "aligned model.",
+            (("--search.limit", "more prompts tell smaller differences"), ("--guard", "see its limits in --help")),
+        )
+        return
+    if story.alpha == max(one.alpha for one in story.tried):
+        yield Reading(
+            ("expo",),
+            f"the largest alpha that was tried ({story.alpha:g}) is the best, so a larger one may be better.",
+            (("--search.largest", "larger"),),
+        )
+    held_out = next((r.candidate for r in story.rounds[::-1] if r.candidate), None)
+    if held_out and annotated and held_out.rate and held_out.rate[1] <= 0.5 <= held_out.rate[2]:
+        yield Reading(
+            ("expo",),
+            "on held-out prompts the interval of the win rate over the aligned model contains 1/2: that the "
+            "extrapolation is better cannot be told with these prompts.",
+            (("--held-out", "more prompts"), ("--look-at.answers", "more of them"), ("--search.limit", "higher")),
         )
 
 

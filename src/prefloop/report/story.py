@@ -13,9 +13,11 @@ from typing import Any
 
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
+from prefloop.evaluate.candidate import Candidate
 from prefloop.evaluate.checkup import Checkup
 from prefloop.evaluate.figures import COMPARED, FIGURES, Report
 from prefloop.evaluate.targets import Asked
+from prefloop.merge.distance import Distance
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import recipe_of
@@ -26,6 +28,8 @@ TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 
 FEEDBACK = "model/feedback.jsonl"
 """In a round's folder: every question that an online method asked."""
+NO_MODELS = ("data", "search")
+"""Folders of a run that are none of its models."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Round:
     preferred: P(the answer is preferred over the other side's), where an evaluation asked.
     win_rate: of its `answers` against the start's.
     asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
+    candidate: of ExPO, its figures on held-out prompts.
     """
 
     label: str
@@ -46,6 +51,7 @@ class Round:
     win_rate: Interval | None = None
     asked: list[Asked] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    candidate: Candidate | None = None
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -62,6 +68,8 @@ class Round:
 class Story:
     """A run as a person wants to read it. `stages` are the manifest's entries: counts, figures
     and seconds by stage name. `events` are those that `TOLD` names. `evaluation`: what `prefloop eval` found.
+    `tried`: what ExPO chose among, by alpha, and
+    `alpha` what it chose; both empty elsewhere. `distance`: of the aligned model from its base.
     """
 
     path: Path
@@ -72,6 +80,9 @@ class Story:
     rounds: list[Round]
     events: list[dict[str, Any]] = field(default_factory=list)
     evaluation: Report | None = None
+    tried: list[Candidate] = field(default_factory=list)
+    alpha: float | None = None
+    distance: Distance | None = None
 
     @property
     def name(self) -> str:
@@ -120,9 +131,12 @@ def read_story(path: Path) -> Story:
             stages=stages,
             rounds=_read_sides(path, config)
             if evaluated
-            else [_read_round(path / label, label, stages) for label in labels if label != "data"],
+            else [_read_round(path / label, label, stages) for label in labels if label not in NO_MODELS],
             events=_read_events(path / "events.jsonl"),
             evaluation=Report.from_json((path / FIGURES).read_text(encoding="utf-8")) if evaluated else None,
+            tried=_read_tried(path / "search"),
+            alpha=_read_alpha(path / "choice.json"),
+            distance=_read_distance(path / "distance.json"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
@@ -197,6 +211,19 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     return events
 
 
+def _read_tried(folder: Path) -> list[Candidate]:
+    found = [Candidate.from_json(file.read_text(encoding="utf-8")) for file in folder.glob("*/figures.json")]
+    return sorted(found, key=lambda one: one.alpha)
+
+
+def _read_alpha(file: Path) -> float | None:
+    return float(json.loads(file.read_text(encoding="utf-8"))["alpha"]) if file.is_file() else None
+
+
+def _read_distance(file: Path) -> Distance | None:
+    return Distance.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def _read_sides(path: Path, config: dict[str, Any]) -> list[Round]:
     """The two sides of an evaluation, theirs first; none where no answers were compared."""
     if not (path / COMPARED).is_file():
@@ -219,7 +246,7 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
 
     own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
     figures = {name: value for found in own for name, value in found.items()}
-    checkup, length = text("checkup.json"), text("length.json")
+    checkup, length, candidate = text("checkup.json"), text("length.json"), text("figures.json")
     rate = json.loads(text("win_rate.json") or "{}").get("rate")
     return Round(
         label=label,
@@ -230,4 +257,5 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
         win_rate=tuple(rate) if rate else None,
         asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
         figures=figures,
+        candidate=Candidate.from_json(candidate) if candidate else None,
     )

@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from prefloop.evaluate.candidate import Candidate
 from prefloop.evaluate.checkup import Checkup
 from prefloop.evaluate.figures import interval
 from prefloop.report.story import Round, Story
@@ -108,6 +109,8 @@ def markdown_table(story: Story) -> str:
     """The table in Markdown, with what each figure means below it."""
     lines = ["| | " + " | ".join(round.label for round in story.rounds) + " |", "|---|" + "---:|" * len(story.rounds)]
     rows = cells(story.rounds)
+    if not rows:
+        return "No model was looked at."
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     legend = [f"- **{name}**: {meaning}" for name, meaning in meanings(rows)]
     return "\n".join([*lines, "", *legend])
@@ -141,6 +144,47 @@ def win_rates(story: Story) -> list[list[str]]:
     ]
 
 
+ALPHAS = ("alpha", "judged", "tokens", "finished", "repeated", "pairs of words", "perplexity", "guard")
+"""Headings of `alphas`; `alphas_meaning` says what they are."""
+
+
+def alphas(story: Story) -> list[list[str]]:
+    """What ExPO tried, a row each, the chosen one marked; and the outcome on held-out prompts."""
+    rows = [
+        [f"{one.alpha:g}{' (chosen)' if one.alpha == story.alpha else ''}", *_of_candidate(one)] for one in story.tried
+    ]
+    confirmed = [(round.label, round.candidate) for round in story.rounds if round.candidate]
+    return rows + [[f"{one.alpha:g} ({label}), held out", *_of_candidate(one)] for label, one in confirmed]
+
+
+def alphas_meaning(story: Story) -> str:
+    """What the columns of `alphas` are."""
+    annotator = story.config.get("annotator")
+    judged = f"share of prompts on which {annotator} prefers the answer to that of alpha = 0"
+    if not annotator:
+        judged = f"mean score by {story.config.get('scorer')}"
+    return (
+        f"judged: {judged}, with its 95 % interval; tokens of an answer; share of finished answers; repeated: share "
+        "of runs of four words that an answer has had before; share of different pairs of words; perplexity of the "
+        "answers under the aligned model; guard: why an alpha was refused. alpha = 0 is the aligned model, alpha = -1 "
+        "its base. The same seeds at every alpha."
+    )
+
+
+def _of_candidate(one: Candidate) -> list[str]:
+    if not (one.answers and one.length_tokens and one.perplexity and one.repetition):
+        return ["-"] * (len(ALPHAS) - 2) + [one.refused or ""]
+    return [
+        _interval(one.rate),
+        f"{one.length_tokens[0]:.1f}",
+        _number(one.finished, "{:.2f}"),
+        f"{one.repetition[0]:.3f}",
+        _number(one.distinct_2, "{:.3f}"),
+        f"{one.perplexity[0]:.2f}",
+        one.refused or "",
+    ]
+
+
 def _rate(found: dict[str, Any]) -> str:
     if found["rate"] is None:
         return f"none ({found['abstained']} abstained)"
@@ -148,12 +192,18 @@ def _rate(found: dict[str, Any]) -> str:
     return _interval(found["rate"]) + abstained
 
 
-def terminal_table(story: Story) -> Table:
-    """The table for a terminal."""
-    table = Table(title=escape(f"{story.recipe}: {story.path}"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for round in story.rounds:
-        table.add_column(round.label, justify="right")
-    for row in cells(story.rounds):
+def terminal_tables(story: Story) -> list[Table]:
+    """The tables for a terminal: of the models, and of what ExPO tried."""
+    title = f"{story.recipe}: {story.path}"
+    rows = cells(story.rounds)
+    found = [_terminal(title, ("", *(round.label for round in story.rounds)), rows)] if rows else []
+    return [*found, _terminal("search over alpha", ALPHAS, alphas(story))] if story.tried else found
+
+
+def _terminal(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
         table.add_row(*map(escape, row))
     return table
