@@ -137,9 +137,17 @@ def overview() -> str:
         lines.append("")
     lines += [
         "A recipe keeps its work in a run folder (--out); the same command run again continues it.",
-        "Presets: " + ", ".join(f"{name} --preset {'|'.join(c.presets)}" for name, c in COMMANDS.items() if c.presets),
+        *(
+            f"  --preset {name:<7}{', '.join(having(name))}"
+            for name in dict.fromkeys(p for c in COMMANDS.values() for p in c.presets)
+        ),
     ]
     return "\n".join(lines)
+
+
+def having(preset: str) -> list[str]:
+    """The recipes with a preset of this name."""
+    return [name for name, command in COMMANDS.items() if preset in command.presets]
 
 
 def parse(config: type[Config], args: Sequence[str], *, prog: str, default: Config | None = None) -> Any:
