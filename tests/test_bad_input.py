@@ -231,7 +231,7 @@ def test_another_config_for_a_run_folder(
     assert main(command) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     line = refused(capsys, *command, "--beta", "0.3")
-    assert "beta: 0.1 here, 0.3 asked for" in line and "another --out" in line
+    assert "beta: None here, 0.3 asked for" in line and "another --out" in line
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -24,7 +24,8 @@ from prefloop.sample.stage import sample
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import PairLogps, dpo
+from prefloop.train.losses import PairLogps
+from prefloop.train.losses.pairwise import dpo
 from tests.sample.engines import stopping_folder
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32", sequences_per_batch=16)
