@@ -149,7 +149,12 @@ def test_mismatched_answers_are_of_other_prompts(policy: ModelRef, pairs: list[P
     assert [answer.response.text for answer in answers] == texts
     assert [answer.p for answer in answers] == [1.0, 0.0, 1.0, 0.0]
     others = [answer.mismatched and answer.mismatched.text for answer in answers]
-    assert others == [texts[2], texts[2], texts[0], texts[0]]
+    assert others == [texts[2], texts[3], texts[0], texts[1]]  # good ones for good ones, bad ones for bad ones
+    # What was known of another mismatched response is forgotten.
+    known = [one.model_copy(update={"reference": "r", "reference_logps": (-1.0, -2.0)}) for one in answers]
+    assert [one.reference for one in mismatched(known, policy)] == ["r"] * 4
+    third = answers_of(pairs[2:3])
+    assert [one.reference for one in mismatched([*known, *third], policy)] == ["r", "r", None, None, None, None]
     with pytest.raises(InputError, match="prompt 'p0': kto estimates drift by answers to other prompts"):
         mismatched(answers_of(pairs[:1]), policy)
 

@@ -118,7 +118,7 @@ class OaifConfig(Config):
 
     @model_validator(mode="after")
     def _known_loss(self) -> Self:
-        check_loss(self.loss, self.beta, online=True)
+        check_loss(self.loss, self.beta, online=True, soft=self.feedback.labels == "soft")
         return self
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed
-from prefloop.records import Item, Pair, Prompt
-from prefloop.train.losses import PairLogps
+from prefloop.records import Answer, Item, Pair, Prompt
 from prefloop.train.packing import TokenGroup
 
 CONVERSATION = [
@@ -93,19 +92,26 @@ def check_finite(logps: Sequence[Sequence[float]], prompt_ids: Sequence[str], mo
             )
 
 
-def check_zero_margin(logps: PairLogps, pairs: Sequence[Pair], *, policy: str, dtype: str) -> None:
-    """Before the first update the policy is its reference (D1), if `policy` is the fingerprint the pairs were given."""
-    if any(pair.reference != policy for pair in pairs):
+def check_zero_ratios(
+    own: Tensor, reference: Tensor, items: Sequence[Pair] | Sequence[Answer], *, policy: str, dtype: str
+) -> None:
+    """Before the first update the policy is its reference (D1), if `policy` is the fingerprint the items were given.
+
+    own, reference [B, 2]: log-probabilities of both responses of every item. Each is looked at by itself: what both
+    share cancels in h, and not in losses that take them one by one.
+    """
+    if any(item.reference != policy for item in items):
         return
-    scale = torch.stack(list(logps[:2])).detach().abs().amax(0)
-    allowed = 1e-3 + 1e-5 * scale if dtype == "float32" else 0.5 + 2e-2 * scale
-    h = logps.h.detach()
-    worst = int((h.abs() - allowed).argmax())
-    if float(h[worst].abs()) > float(allowed[worst]):
+    own = own.detach()
+    allowed = 1e-3 + 1e-5 * own.abs() if dtype == "float32" else 0.5 + 2e-2 * own.abs()
+    ratios = own - reference
+    worst, side = divmod(int((ratios.abs() - allowed).argmax()), 2)
+    if float(ratios[worst, side].abs()) > float(allowed[worst, side]):
         raise CheckFailed(
-            f"before the first update the policy should equal its reference, but the pair of prompt "
-            f"{pairs[worst].prompt.id!r} has h = {float(h[worst]):.4f} nats (at most {float(allowed[worst]):.4f} "
-            "expected); the reference log-probabilities belong to another model, tokenizer or precision"
+            f"before the first update the policy should equal its reference, but response {side + 1} to prompt "
+            f"{items[worst].prompt.id!r} has log pi - log pi_ref = {float(ratios[worst, side]):.4f} nats (at most "
+            f"{float(allowed[worst, side]):.4f} expected); the reference log-probabilities belong to another model, "
+            "tokenizer or precision"
         )
 
 

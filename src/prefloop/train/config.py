@@ -19,10 +19,11 @@ LossName = Annotated[
 """What `prefloop.train.losses.parse_loss` reads."""
 
 
-def check_loss(loss: str, beta: float | None, *, online: bool = False) -> None:
+def check_loss(loss: str, beta: float | None, *, online: bool = False, soft: bool = False) -> None:
     """Raises InputError, which is a ValueError, where `parse_loss` would. DPO, the default, is known without torch.
 
     `online`: also for losses that need more than a step has in which both answers were just sampled and compared.
+    `soft`: also for losses that take no soft labels.
     """
     if loss != "dpo":
         from prefloop.train.losses import parse_loss
@@ -31,6 +32,8 @@ def check_loss(loss: str, beta: float | None, *, online: bool = False) -> None:
         missing = "single answers" if chosen.unpaired else ", ".join(sorted(chosen.needs - {"reference", "collision"}))
         if online and missing:
             raise InputError(f"loss = {loss!r}: needs {missing}, which online feedback does not give")
+        if soft and chosen.no_p:
+            raise InputError(f"feedback.labels = soft: the loss takes no soft labels: {chosen.no_p}; take hard ones")
 
 
 def beta_of(loss: str, beta: float | None) -> float:

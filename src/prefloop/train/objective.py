@@ -23,7 +23,7 @@ from torch import Tensor
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
 from prefloop.records import Answer, Demonstration, Item, Pair
-from prefloop.train.checks import check_pairs, check_tokens, check_zero_margin
+from prefloop.train.checks import check_pairs, check_tokens, check_zero_ratios
 from prefloop.train.logprobs import ResponseLogps
 from prefloop.train.losses import AnswerLogps, ChosenLoss, PairLogps, pair_metrics
 from prefloop.train.packing import TokenGroup
@@ -123,7 +123,7 @@ class PairObjective(Objective[Pair]):
 
     def before_first_update(self, items: Sequence[Pair], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         if self.referenced:
-            check_zero_margin(self.pair_logps(items, logps), items, policy=policy, dtype=dtype)
+            _check_reference(items, logps, policy=policy, dtype=dtype)
 
     def pair_logps(self, items: Sequence[Pair], logps: ResponseLogps) -> PairLogps:
         """The log-probabilities as the loss takes them, and what else it needs."""
@@ -149,6 +149,13 @@ class PairObjective(Objective[Pair]):
             sides = [pair.reference_sample == "chosen" for pair in items]
             found = found._replace(chosen_is_reference_sample=torch.tensor(sides, device=device))
         return found
+
+
+def _check_reference(
+    items: Sequence[Pair] | Sequence[Answer], logps: ResponseLogps, *, policy: str, dtype: str
+) -> None:
+    reference = _columns([item.reference_logps for item in items], logps.sums.device)
+    check_zero_ratios(logps.sums.reshape(-1, 2), reference, items, policy=policy, dtype=dtype)
 
 
 def labels(items: Sequence[Pair] | Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -203,15 +210,20 @@ class AnswerObjective(Objective[Answer]):
     def losses(self, items: Sequence[Answer], logps: ResponseLogps) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.answer_logps(items, logps)
         p, weight = labels(items, logps.sums.device)
-        good, change = p > 0.5, found.ratio.detach()
+        good, change = (p > 0.5).float(), found.ratio.detach()
+        bad = 1.0 - good
         metrics = {
             "kl": found.kl.expand(len(items)),
-            "correct": ((change > found.kl) == good).float(),
-            "good": good.float(),
-            "good_change": torch.where(good, change, 0.0),
-            "bad_change": torch.where(good, 0.0, change),
+            "correct": torch.where(change == found.kl, 0.5, ((change > found.kl).float() == good).float()),
+            "good": good,
+            # Their means over the batch are those over its good and over its bad answers.
+            "good_change": good * change * len(items) / good.sum().clamp(min=1.0),
+            "bad_change": bad * change * len(items) / bad.sum().clamp(min=1.0),
         }
         return self.loss(found, p=p, weight=weight), metrics
+
+    def before_first_update(self, items: Sequence[Answer], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
+        _check_reference(items, logps, policy=policy, dtype=dtype)
 
     @staticmethod
     def answer_logps(items: Sequence[Answer], logps: ResponseLogps) -> AnswerLogps:

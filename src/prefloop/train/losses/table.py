@@ -6,6 +6,7 @@ dpo+0.2*nll_mean             a weighted sum, each term with its own hyper-parame
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ SHORT = {
 }
 """Names for some losses with their usual hyper-parameters (RSO; IRPO; RPO; TRL's XPO; InternVL's mixture)."""
 
+NOT_NEGATIVE = ("penalty", "desirable", "undesirable", "scale", "odds", "nll")
+"""Hyper-parameters that would turn a loss round below 0."""
+
 TERM = re.compile(r"(?:(?P<share>\d[\d.]*(?:e-?\d+)?)\*)?(?P<name>[a-z_]+)(?::(?P<options>[^+*:]+))?")
 
 
@@ -177,9 +181,14 @@ class ChosenLoss:
         return "+".join(said)
 
     @property
+    def scale(self) -> Term:
+        """The term in whose units the margin is logged: the first that has a beta, else the first."""
+        return next((term for term in self.terms if "beta" in term.options), self.terms[0])
+
+    @property
     def beta(self) -> float | None:
-        """The first term's that has one: the scale of the margin that is logged."""
-        return next((term.options["beta"] for term in self.terms if "beta" in term.options), None)
+        """Of `scale`."""
+        return self.scale.options.get("beta")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -194,7 +203,7 @@ class ChosenLoss:
 
     @property
     def per_token(self) -> bool:
-        return self.terms[0].row.per_token
+        return self.scale.row.per_token
 
     @property
     def unpaired(self) -> bool:
@@ -222,6 +231,9 @@ def parse_loss(text: str, *, beta: float | None = None) -> ChosenLoss:
     if beta is not None:
         if not any("beta" in term.row.options for term in terms):
             raise InputError(f"beta = {beta}: the loss {text} has none; leave it out")
+        if not any("beta" in term.row.options and "beta" not in term.options for term in terms):
+            full = "+".join(SHORT.get(part, part) for part in text.split("+"))
+            raise InputError(f"beta = {beta}: the loss {full} sets its own; leave one of them out")
         terms = tuple(_with(term, beta) for term in terms)
     filled = tuple(Term(term.share, term.name, term.row.options | term.options) for term in terms)
     for term in filled:
@@ -237,7 +249,9 @@ def _terms(text: str) -> list[Term]:
             raise InputError(
                 f"loss = {text!r}: {part!r} is no term; expected such as simpo, simpo:gamma=1.6 or dpo+0.2*nll_mean"
             )
-        share, name = float(found["share"] or 1.0), found["name"]
+        share, name = _number(f"loss = {text!r}: the weight", found["share"] or "1"), found["name"]
+        if share == 0.0:
+            raise InputError(f"loss = {text!r}: a term with weight 0 does nothing; leave it out")
         if name in SHORT:
             if found["options"]:
                 raise InputError(f"loss = {text!r}: {name} is short for {SHORT[name]}; write that out to set options")
@@ -259,11 +273,20 @@ def _options(name: str, text: str) -> dict[str, Any]:
         if option not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise InputError(f"loss {name}: unknown option {option!r}, {has}.{did_you_mean(option, list(known))}")
-        try:
-            found[option] = value if isinstance(known[option], str) else float(value)
-        except ValueError:
-            raise InputError(f"loss {name}: {option} = {value!r}: expected a number") from None
+        if option in found:
+            raise InputError(f"loss {name}: {option} is there twice; give it once")
+        found[option] = value if isinstance(known[option], str) else _number(f"loss {name}: {option}", value)
     return found
+
+
+def _number(what: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{what} = {text!r}: expected a number")
+    return value
 
 
 def _with(term: Term, beta: float) -> Term:
@@ -279,7 +302,12 @@ def _try(term: Term) -> None:
     one = torch.full((1,), -1.0)
     count = torch.ones(1, dtype=torch.long)
     pair = PairLogps(one, one, one, one, count, count, PairLogps(one, one, one, one), one, one, one, one > 0)
+    for name, value in term.options.items():
+        if name in NOT_NEGATIVE and value < 0:
+            raise InputError(f"loss {term.name}: {name} = {value}: should be at least 0")
     try:
-        term(AnswerLogps(one, one, one, one) if term.row.unpaired else pair)
+        value = term(AnswerLogps(one, one, one, one) if term.row.unpaired else pair)
     except ValueError as error:
         raise InputError(f"loss {term.name}: {error}") from None
+    if not bool(value.isfinite().all()):
+        raise InputError(f"loss {term.name}: its value is not a number with {term.options}; choose others")
