@@ -292,3 +292,20 @@ def test_the_readings_say_what_a_search_shows(finished: Path) -> None:
     assert story.distance is not None
     far = replace(story, distance=story.distance.model_copy(update={"relative": 1.3}))
     assert any("far for an alignment" in reading.text for reading in read(far))
+
+
+def test_a_head_that_the_files_hold_apart_is_no_tied_one(tmp_path: Path) -> None:
+    """The configuration says tied, and the files hold two tensors: transformers takes both, and so does alpha = 0."""
+    from prefloop.merge.extrapolate import extrapolate
+    from tests.tiny import save_tiny_model
+
+    base, aligned = (save_tiny_model(tmp_path / name, seed=seed) for name, seed in (("base", 1), ("aligned", 2)))
+    config = json.loads((aligned / "config.json").read_text())
+    (aligned / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    file = aligned / "model.safetensors"
+    weights = load_file(file)
+    embedding = next(name for name in weights if "embed" in name or "wte" in name)
+    weights["lm_head.weight"] = weights[embedding] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    extrapolate(ModelRef.of(base), ModelRef.of(aligned), 0.0, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["lm_head.weight"], weights["lm_head.weight"])

@@ -88,3 +88,16 @@ def test_a_model_that_has_learned_prefers_what_it_was_told(model: ModelRef, tmp_
     ps = [[judgement.p or 0.0 for judgement in one.judge(asked)] for one in (before, after)]
     assert losses[-1] < losses[0] / 2
     assert all(now > was and now > 0.6 for was, now in zip(*ps, strict=True))
+
+
+def test_a_soft_label_teaches_the_likelier_answer_and_less_of_it(model: ModelRef, tmp_path: Path) -> None:
+    name = instruction(tmp_path)
+    sure = judgements_to_learn([PAIRS[0]], model, instruction=name)
+    flipped = PAIRS[0].model_copy(
+        update={"chosen": PAIRS[0].rejected, "rejected": PAIRS[0].chosen, "p": 0.2, "weight": 3.0}
+    )
+    stage = Stage.detached()
+    items = judgements_to_learn([flipped, PAIRS[0].model_copy(update={"p": 0.5})], model, instruction=name, stage=stage)
+    assert [(item.prompt, item.response) for item in items] == [(item.prompt, item.response) for item in sure]
+    assert [item.weight for item in items] == pytest.approx([1.8, 1.8])
+    assert stage.counts["pairs left out: neither answer is preferred"] == 1

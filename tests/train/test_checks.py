@@ -74,7 +74,9 @@ def chosen_ids(pair: Pair, *ids: int) -> Pair:
 def test_another_models_reference_is_found_out_at_step_0(policy: ModelRef, pairs: list[Pair]) -> None:
     wrong = [p.model_copy(update={"reference_logps": (p.reference_logps[0] + 3, p.reference_logps[1])}) for p in pairs
              if p.reference_logps]  # fmt: skip
-    with pytest.raises(CheckFailed, match=r"prompt 'p\d' has log pi - log pi_ref = -3\.0\d* nats .*another model, tokenizer"):
+    with pytest.raises(
+        CheckFailed, match=r"prompt 'p\d' has log pi - log pi_ref = -3\.0\d* nats .*another model, tokenizer"
+    ):
         new_learner(policy, pairs).step(wrong[:3], 0)
     # A reference that is another model on purpose has a margin.
     named = [pair.model_copy(update={"reference": "another model"}) for pair in wrong]

@@ -45,10 +45,12 @@ class OptionObjective(SupervisedObjective):
 
 
 def judgements_to_learn(
-    pairs: Sequence[Pair], model: ModelRef, *, instruction: str, stage: Stage | None = None
+    pairs: Sequence[Pair], model: ModelRef, *, instruction: str, version: str = "", stage: Stage | None = None
 ) -> list[Demonstration]:
     """Both orders of every pair as a question, with the stub and the right option as the answer.
 
+    The right option is the likelier one of a soft label, with 2 |p - 1/2| of the pair's weight; a tie teaches nothing.
+    `version`: the instruction's hash, which tells a stage that its file has changed.
     A pair whose question does not fit the model's context, or spells a special token (which a demonstration cannot
     keep as text), is left out and counted. Raises InputError where the options cannot be told apart by one token.
     """
@@ -60,7 +62,12 @@ def judgements_to_learn(
         options.reverse()
     found: list[Demonstration] = []
     for pair in pairs:
-        first = Comparison(pair.prompt, pair.chosen, pair.rejected)
+        if pair.p == 0.5:
+            stage.count("pairs left out: neither answer is preferred")
+            continue
+        better, worse = (pair.chosen, pair.rejected) if pair.p > 0.5 else (pair.rejected, pair.chosen)
+        weight = pair.weight * 2 * abs(pair.p - 0.5)
+        first = Comparison(pair.prompt, better, worse)
         # Both have the id of the pair's prompt, so that what is held out is held out in both orders.
         prompts = [Prompt.of(asked.render(order), id=pair.prompt.id) for order in (first, first.swapped)]
         ids = [tuple(chat.prompt_ids(prompt)) for prompt in prompts]
@@ -73,6 +80,6 @@ def judgements_to_learn(
                 Response(text=asked.stub + label, token_ids=(*stub_ids, id), finish_reason="length")
                 for label, id in options
             ]
-            found += [Demonstration(prompt=p, response=r) for p, r in zip(prompts, answers, strict=True)]
+            found += [Demonstration(prompt=p, response=r, weight=weight) for p, r in zip(prompts, answers, strict=True)]
     stage.count("judgements to learn from", len(found))
     return found

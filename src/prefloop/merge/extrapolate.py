@@ -32,11 +32,13 @@ BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 class Weights:
     """The weights of a model folder by name, read one at a time; what is no weight (a buffer) is not among them.
 
-    A weight that is tied to another has the other's name, whether or not the files hold it twice.
+    A weight that is tied to another has the other's name, whether or not the files hold it twice; where they hold two
+    that differ, they are two, as transformers takes them, whatever the configuration says.
     """
 
     def __init__(self, ref: ModelRef, buffers: set[str], tied: dict[str, str], stack: ExitStack) -> None:
-        self.ref, self.tied = ref, tied
+        self.ref, self.tied = ref, dict(tied)
+        twice: dict[str, Any] = {}
         self._places: dict[str, tuple[Any, str]] = {}
         for file in weight_files(ref):
             try:
@@ -49,20 +51,31 @@ class Weights:
                     continue
                 if name == stored or name not in self._places:
                     self._places[name] = handle, stored
+                if name != stored:
+                    twice[stored] = handle
+        for stored, handle in twice.items():
+            source, its_name = self._places[tied[stored]]
+            if its_name != stored and not torch.equal(source.get_tensor(its_name), handle.get_tensor(stored)):
+                del self.tied[stored]
+                self._places[stored] = handle, stored
 
     @property
     def names(self) -> list[str]:
         return list(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._places or self.tied.get(name) in self._places
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """Where a weight is; where it is tied here, and apart in the model asked about, its source's place."""
+        return self._places[name if name in self._places else self.tied[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle, stored = self._places[name]
+        handle, stored = self._places[name if name in self._places else self.tied[name]]
         return tuple(handle.get_slice(stored).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        handle, stored = self._places[name]
+        handle, stored = self._places[name if name in self._places else self.tied[name]]
         return handle.get_tensor(stored)
 
 

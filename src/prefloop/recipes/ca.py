@@ -10,10 +10,11 @@
 Departures: see docs/methods/ca.md.
 """
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.data.condition import Condition
 from prefloop.errors import InputError
@@ -50,6 +51,16 @@ class CaConfig(ScoredConfig):
         default=(), description="other rewards to ask for once, to see whether the answers follow: 1 2 3 4 5"
     )
 
+    @model_validator(mode="after")
+    def _different_targets(self) -> Self:
+        asked = [self.condition.written(target) for target in (*self.targets, self.condition.target)]
+        if not all(map(math.isfinite, self.targets)) or len(set(asked)) < len(asked):
+            raise ValueError(
+                f"targets = {self.targets}: expected numbers that differ with {self.condition.decimals} decimals, also "
+                f"from condition.target = {self.condition.target:g}"
+            )
+        return self
+
 
 def demo() -> CaConfig:
     """The packaged small model on both answers of the packaged pairs, conditioned on the score of a rule."""
@@ -64,6 +75,14 @@ def ca(cfg: CaConfig, run: "Run") -> ModelRef:
     judges = load_judges(cfg, run)
     if cfg.targets and not judges.evaluator:
         raise InputError("--targets needs who scores the answers to them; name an --evaluator, such as a reward model")
+    if cfg.targets and judges.reward and judges.evaluator is not judges.reward:
+        raise InputError(
+            f"--targets with --evaluator {cfg.evaluator}: what answers get is told in standard deviations of the "
+            f"training rewards, so who scores them must be who gave these, {cfg.reward}; leave --evaluator or "
+            "--targets out"
+        )
+    if cfg.targets and not cfg.look_at.answers:
+        raise InputError("--targets with --look-at.answers 0: nobody is asked; give a number of answers")
     answers, held_out = load_answers(cfg, run, policy)
     look = partial(look_at, run, policy, [], cfg, prompts=held_out, evaluator=judges.evaluator)
 
@@ -91,7 +110,8 @@ def ask_for(
     cfg: CaConfig, round: "Round", model: ModelRef, prompts: "Sequence[Prompt]", evaluator: "Annotator"
 ) -> "list[Group]":
     """Scored answers of a model that is asked for some reward, to the prompts and with the seeds of every look."""
-    at = f"asked-for-{model.reward:.2f}"
+    assert model.reward is not None
+    at = f"asked-for-{cfg.condition.written(model.reward)}"
     answers = round.stage(f"{at}/answers", sample, model, prompts, k=1, sampling=cfg.sampling,
                           seed=derive_seed(cfg.seed, "answers"), compute=cfg.compute, engine=cfg.engine,
                           server=cfg.server)  # fmt: skip

@@ -34,6 +34,7 @@ from prefloop.models import ModelRef, adapter_base, resolve
 from prefloop.recipes.dpo import dpo_round
 from prefloop.recipes.steps import (
     LookAt,
+    apart_from,
     check_room,
     conclude,
     load,
@@ -152,7 +153,8 @@ def expo(cfg: ExpoConfig, run: "Run") -> ModelRef:
     base = resolve(cfg.base)
     prompts, held_out = prompts_to_search_and_look(cfg, run)
     judge = load_judge(cfg, run)
-    aligned = aligned_model(cfg, run, base)
+    check_room([*prompts, *held_out], base, cfg.sampling.max_new_tokens)
+    aligned = aligned_model(cfg, run, base, held_out)
     check_ancestor(base, aligned)
     check_room([*prompts, *held_out], aligned, cfg.sampling.max_new_tokens)
     run.stage("distance", distance, base, aligned)
@@ -182,10 +184,13 @@ def prompts_to_search_and_look(cfg: ExpoConfig, run: "Run") -> tuple[list[Prompt
     return some(prompts, cfg.search.limit, derive_seed(cfg.seed, "search")), held_out
 
 
-def aligned_model(cfg: ExpoConfig, run: "Run", base: ModelRef) -> ModelRef:
-    """theta_1: the one that was given, an adapter merged in float32; or a DPO round of the base on --pairs."""
+def aligned_model(cfg: ExpoConfig, run: "Run", base: ModelRef, held_out: Sequence[Prompt]) -> ModelRef:
+    """theta_1: the one that was given, an adapter merged in float32; or a DPO round of the base on --pairs, those on
+    held-out prompts left out. Alpha may be searched on prompts of these pairs: what is held out judges the outcome.
+    """
     if cfg.pairs:
-        pairs = run.stage("data/pairs", tokenise, load(cfg.pairs, "pairs", cfg.on_bad_row, run), base)
+        given = load(cfg.pairs, "pairs", cfg.on_bad_row, run)
+        pairs = run.stage("data/pairs", tokenise, apart_from(given, held_out, run, why="held-out prompts"), base)
         return dpo_round(run.part("aligned"), base, base, pairs, beta=cfg.beta, train=cfg.train, compute=cfg.compute,
                          seed=derive_seed(cfg.seed, "dpo"))  # fmt: skip
     if is_adapter(cfg.aligned):

@@ -40,6 +40,7 @@ from prefloop.pairs.ranked import Pairing, ranked_pairs, strength, tempered
 from prefloop.recipes.dpo import dpo_round
 from prefloop.recipes.steps import (
     LookAt,
+    apart_from,
     check_room,
     conclude,
     held_back,
@@ -144,7 +145,7 @@ def osp(cfg: OspConfig, run: Run) -> ModelRef:
         return answers
 
     before = look("start", given)
-    start = learned_judge(cfg, run, given) if cfg.pairs else given
+    start = learned_judge(cfg, run, given, held_out) if cfg.pairs else given
     if cfg.pairs:
         look("round-0", start)
     policy = start
@@ -157,14 +158,16 @@ def osp(cfg: OspConfig, run: Run) -> ModelRef:
     return conclude(run, policy)
 
 
-def learned_judge(cfg: OspConfig, run: Run, model: ModelRef) -> ModelRef:
-    """The model after it has learned to judge from `cfg.pairs`."""
+def learned_judge(cfg: OspConfig, run: Run, model: ModelRef, held_out: list[Prompt]) -> ModelRef:
+    """The model after it has learned to judge from `cfg.pairs`, those on held-out prompts left out."""
+    from prefloop.feedback.instructions import load_instruction
     from prefloop.feedback.judge_tuning import OptionObjective, judgements_to_learn
     from prefloop.train.learner import fit
 
     round, seed = run.round(0), derive_seed(cfg.seed, "judge")
-    pairs = load(cfg.pairs, "pairs", cfg.on_bad_row, run)
-    items = round.stage("judgements", judgements_to_learn, pairs, model, instruction=cfg.feedback.instruction)
+    pairs = apart_from(load(cfg.pairs, "pairs", cfg.on_bad_row, run), held_out, run, why="held-out prompts")
+    items = round.stage("judgements", judgements_to_learn, pairs, model, instruction=cfg.feedback.instruction,
+                        version=load_instruction(cfg.feedback.instruction).hash)  # fmt: skip
     training, validation = held_back(round, items, cfg.judge_train, seed=seed, kind="judgements")
     folder = round.stage("model", fit, model, training, validation, objective=OptionObjective(), seed=seed,
                          config=cfg.judge_train, compute=cfg.compute)  # fmt: skip

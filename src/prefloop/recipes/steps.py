@@ -12,7 +12,7 @@ from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, are_answers, load_answers, load_pairs, load_prompts, load_rows
-from prefloop.errors import InputError
+from prefloop.errors import CheckFailed, InputError
 from prefloop.evaluate.checkup import checkup
 from prefloop.feedback.scorer import score_by
 from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
@@ -205,6 +205,8 @@ def answers_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Answ
 
 def held_back(round: Round, items: Sequence[I], train: Train, *, seed: int, kind: str) -> tuple[list[I], list[I]]:
     """(training, validation): `train.validation_pairs` items, a quarter of them at most, are held out to watch."""
+    if not items:
+        raise CheckFailed(f"there are no {kind} to train on; the counts of earlier stages say where they were dropped")
     watched = min(train.validation_pairs, len(items) // 4)
     if watched < train.validation_pairs:
         round.run.note(f"{round.label}: {watched} validation {kind}, a quarter of {len(items)}, not the "
@@ -230,9 +232,20 @@ def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]
         return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
     apart = {prompt.messages for prompt in held_out}
     own = [prompt for prompt in prompts if prompt.messages not in apart]
+    if not own:
+        raise InputError(f"every prompt of --prompts {cfg.prompts} is in --held-out {cfg.held_out} too; give others")
     if len(own) < len(prompts):
         run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
     return own, held_out
+
+
+def apart_from(pairs: Sequence[Pair], prompts: Sequence[Prompt], run: Run, *, why: str) -> list[Pair]:
+    """The pairs whose prompts are not among `prompts`, and how many were left out for it."""
+    known = {prompt.messages for prompt in prompts}
+    kept = [pair for pair in pairs if pair.prompt.messages not in known]
+    if len(kept) < len(pairs):
+        run.note(f"{len(pairs) - len(kept)} pairs left out of training: {why}")
+    return kept
 
 
 def said(loaded: Loaded, run: Run) -> list[Any]:

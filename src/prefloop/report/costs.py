@@ -8,7 +8,11 @@ from prefloop.report.story import Story
 Entries = dict[str, dict[str, Any]]
 """The manifest's entries of one round, by the stage's own name."""
 
-SAMPLING, SCORING, REFERENCE = ("groups", "baselines"), ("feedback", "strengths"), ("training_pairs", "reference")
+SAMPLING, SCORING, REFERENCE = (
+    ("groups", "baselines"),
+    ("feedback", "strengths", "scored"),
+    ("training_pairs", "reference"),
+)
 
 
 def _count(stage: str, *reasons: str) -> Callable[[Entries], float | None]:
