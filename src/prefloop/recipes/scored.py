@@ -6,6 +6,7 @@
 FA, RWR and CA are the offline methods of Hu et al. 2023 (arXiv 2308.12050); docs/methods has a page for each.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -182,7 +183,7 @@ def collect(given: Sequence[Group], sampled: Sequence[Group], *, stage: "Stage")
     """The data's answers and the finished sampled ones, by prompt."""
     from prefloop.data.groups import merged
 
-    return merged([*given, *keep_finished(sampled, min_chars=0, min_valid=1, stage=stage)])
+    return merged([*given, *keep_finished(sampled, min_chars=0, max_chars=sys.maxsize, min_valid=1, stage=stage)])
 
 
 def supervised_round(
