@@ -177,7 +177,7 @@ def test_a_killed_server_has_every_vote_that_it_acknowledged(tmp_path: Path) -> 
             # The vote that was under way may have been kept; none that was acknowledged is lost.
             assert state["done"] in (n, n + 1) and state["shown"]["match"] == state["done"] + 1
     finally:
-        again.send_signal(signal.SIGINT)
+        again.send_signal(signal.SIGTERM)
         output, _ = again.communicate(timeout=20)
     assert again.returncode == 0 and f"votes in {out}; prefloop arena results {out} shows" in output
 

@@ -8,6 +8,7 @@ The votes of people become an annotator like any other:
 """
 
 import secrets
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,11 +87,14 @@ def run_arena(options: ArenaOptions) -> None:
     if arena.about.identical:
         print(f"{arena.about.identical} more are of identical answers, and nobody is asked about them")
     print(f"open {server.url} in a browser; Ctrl-C ends the page", flush=True)
+    # A shell starts what runs in the background with Ctrl-C's signal off: what `kill` sends ends the page as well.
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         print(f"\n{len(arena.votes())} votes in {out}; prefloop arena results {out} shows what they say")
     finally:
+        signal.signal(signal.SIGTERM, ended)
         server.server_close()
         arena.close()
 
