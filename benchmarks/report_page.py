@@ -1,6 +1,6 @@
 """The page of a large run: how long it takes to write, how large it is, how fast it opens in headless Chromium.
 
-    python benchmarks/report_page.py [--samples 20000] [--words 60]
+    python -m benchmarks.report_page [--samples 20000] [--words 60]
 
 Half of the samples are pairs that a round was trained on, half answers of three models to the same prompts. `opens`
 is from the start of the navigation to the first list of samples, `searches` from a typed word to its list. The last
