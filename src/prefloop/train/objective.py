@@ -84,12 +84,10 @@ class Objective(ABC, Generic[I]):
 
 
 @dataclass(frozen=True)
-class PairObjective(Objective[Pair]):
-    """A pairwise loss (`parse_loss`) on pairs that carry what it needs; the learner computes nothing else."""
+class LossObjective(Objective[I]):
+    """A loss of the table (`parse_loss`) on items of one kind."""
 
     loss: ChosenLoss
-
-    kind: ClassVar = "pairs"
 
     @property
     def identity(self) -> str:
@@ -98,6 +96,13 @@ class PairObjective(Objective[Pair]):
     @property
     def coupled(self) -> bool:
         return self.loss.coupled
+
+
+@dataclass(frozen=True)
+class PairObjective(LossObjective[Pair]):
+    """A pairwise loss (`parse_loss`) on pairs that carry what it needs; the learner computes nothing else."""
+
+    kind: ClassVar = "pairs"
 
     @property
     def collision(self) -> bool:
@@ -185,20 +190,10 @@ def check_labels(pairs: Sequence[Pair], loss: ChosenLoss) -> None:
 
 
 @dataclass(frozen=True)
-class AnswerObjective(Objective[Answer]):
+class AnswerObjective(LossObjective[Answer]):
     """A loss of single answers (KTO), each with a mismatched one beside it (`prefloop.pairs.answers`)."""
 
-    loss: ChosenLoss
-
     kind: ClassVar = "answers"
-
-    @property
-    def identity(self) -> str:
-        return str(self.loss)
-
-    @property
-    def coupled(self) -> bool:
-        return self.loss.coupled
 
     @property
     def referenced(self) -> bool:
