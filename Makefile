@@ -15,8 +15,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-# The few tests that would take the default suite over its three minutes; CI runs them too.
+# The few tests that would take the default suite over its three minutes, and those beside TRL; CI runs them too.
 test-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
 
 check: $(READY)

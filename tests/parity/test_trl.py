@@ -1,11 +1,10 @@
 """Our losses beside those of TRL, by running TRL's own code on the same log-probabilities.
 
-To import TRL takes long, so this is skipped unless it is asked for: `pip install 'prefloop[bench]'`, and the
-environment variable PREFLOOP_TRL set to 1. What TRL computes otherwise, and who is right, is in docs/losses.md.
+To import TRL takes long, so this is among the slow tests (`make test-slow`, which installs the extra `bench`).
+What TRL computes otherwise, and who is right, is in docs/losses.md.
 """
 
 import importlib.util
-import os
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +17,10 @@ from prefloop.train.losses import AnswerLogps, PairLogps, parse_loss
 from prefloop.train.losses.unpaired import kto
 from tests.train.test_loss_table import example
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("PREFLOOP_TRL") != "1" or importlib.util.find_spec("trl") is None,
-    reason="needs PREFLOOP_TRL=1 and the extra bench (trl)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the extra bench (trl)"),
+]
 
 OPTIONS = {
     "beta": 0.1, "ld_alpha": None, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
