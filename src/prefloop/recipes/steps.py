@@ -40,13 +40,18 @@ def two_models(policy: str, reference: str) -> tuple[ModelRef, ModelRef]:
     """
     first, second = resolve(policy), resolve(reference)
     check_different(first, second)
-    difference = same_tokenizer(load_tokenizer(first), load_tokenizer(second))
+    check_same_tokenizer(first, second)
+    return first, second
+
+
+def check_same_tokenizer(policy: ModelRef, reference: ModelRef) -> None:
+    """Raises InputError where two models would not read the same text as the same token ids."""
+    difference = same_tokenizer(load_tokenizer(policy), load_tokenizer(reference))
     if difference:
         raise InputError(
-            f"policy {policy} and reference {reference} have different tokenizers ({difference}); "
+            f"policy {policy.name} and reference {reference.name} have different tokenizers ({difference}); "
             "the implicit reward needs both models to score the same token ids"
         )
-    return first, second
 
 
 def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = None) -> list[Pair]:
@@ -157,6 +162,21 @@ def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair
 def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
     """The prompts of a user's source; none when none was named."""
     return _said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []
+
+
+def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those to look at models with; a tenth (256 at most) without `cfg.held_out`."""
+    prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
+    if not prompts:
+        raise InputError("--prompts is missing: name a file, a data set folder or hub name, or seed:train")
+    held_out = load_own_prompts(cfg.held_out, cfg.on_bad_row, run)
+    if held_out:
+        apart = {prompt.messages for prompt in held_out}
+        own = [prompt for prompt in prompts if prompt.messages not in apart]
+        if len(own) < len(prompts):
+            run.note(f"{len(prompts) - len(own)} prompts left out of training: they are held out")
+        return own, held_out
+    return split_off(prompts, min(256, len(prompts) // 10), derive_seed(cfg.seed, "held out"))
 
 
 def _said(loaded: Loaded, run: Run) -> list[Any]:
