@@ -77,6 +77,7 @@ def ours(job: Job, turn: Connection) -> None:
     from prefloop.train.learner import Learner
     from prefloop.train.losses import dpo
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
     from workloads import peak_memory
 
@@ -92,7 +93,9 @@ def ours(job: Job, turn: Connection) -> None:
         sampling__temperature=TEMPERATURE, sampling__max_new_tokens=job.max_new_tokens
     )
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=compute)
-    learner = Learner(ref, [], loss=partial(dpo, beta=BETA), beta=BETA, config=train, compute=compute, seed=0)
+    learner = Learner(
+        ref, [], objective=PairObjective(partial(dpo, beta=BETA), BETA), config=train, compute=compute, seed=0
+    )
     online = OnlineLearner(learner)
     report(turn, learner.why)
     tokens = 0

@@ -68,6 +68,7 @@ def ours(job: Job, turn: Connection) -> None:
     from prefloop.train.learner import Learner
     from prefloop.train.losses import dpo
     from prefloop.train.memory import reused_memory
+    from prefloop.train.objective import PairObjective
     from prefloop.train.reference import token_group, with_reference_logps
     from workloads import WORKLOADS, as_pairs, make_items, matmul_rate, model_flops, peak_memory
 
@@ -81,7 +82,9 @@ def ours(job: Job, turn: Connection) -> None:
         steps=job.pairs // BATCH, batch_size=BATCH, learning_rate=LEARNING_RATE, warmup_steps=0,
         lora=Lora(rank=job.lora),
     )  # fmt: skip
-    learner = Learner(ref, pairs, loss=partial(dpo, beta=BETA), beta=BETA, config=config, compute=compute, seed=0)
+    learner = Learner(
+        ref, pairs, objective=PairObjective(partial(dpo, beta=BETA), BETA), config=config, compute=compute, seed=0
+    )
     report(turn, learner.why)
 
     def reference_pass() -> None:

@@ -1,4 +1,4 @@
-"""The records that every stage reads and writes: `Prompt`, `Response`, `Group`, `Pair`.
+"""The records that every stage reads and writes: `Prompt`, `Response`, `Group`, `Pair`, `Demonstration`.
 
 All are frozen and each is one JSON line (`record.to_json()`, `Group.from_json(line)`), so a file of records can be read
 with any tool, and equal records have equal bytes.
@@ -7,12 +7,13 @@ with any tool, and equal records have equal bytes.
     Response  {"text": "Red.", "token_ids": [5, 9, 2], "finish_reason": "stop", ...}
     Group     one prompt and its K responses
     Pair      one prompt, the chosen and the rejected response, and what is known about them
+    Demonstration   one prompt, a response to imitate, and how much it counts
 """
 
 import hashlib
 import json
 import math
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -106,6 +107,16 @@ class Response(Record):
         return None if self.sampling_logps is None else math.fsum(self.sampling_logps)
 
 
+class Item(Protocol):
+    """What can be trained on: a prompt and one or several responses to it."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def responses(self) -> tuple[Response, ...]: ...
+
+
 class Group(Record):
     """The K responses to one prompt, in sampling order."""
 
@@ -130,3 +141,21 @@ class Pair(Record):
     rejected_score: float | None = None
     reference_logps: tuple[float, float] | None = None
     reference: str | None = None
+
+    @property
+    def responses(self) -> tuple[Response, Response]:
+        """(chosen, rejected)."""
+        return self.chosen, self.rejected
+
+
+class Demonstration(Record):
+    """One prompt and a response to imitate; `weight` multiplies its loss."""
+
+    prompt: Prompt
+    response: Response
+    weight: float = Field(default=1.0, ge=0.0)
+
+    @property
+    def responses(self) -> tuple[Response]:
+        """The response alone."""
+        return (self.response,)

@@ -18,8 +18,10 @@ from prefloop.run import Run
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner, fit
 from prefloop.train.losses import dpo
+from prefloop.train.objective import PairObjective
 from prefloop.train.reference import with_reference_logps
 
+DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=3, batch_size=3, learning_rate=1e-3, warmup_steps=0, validation_pairs=0)
 WORDS = ["red", "green tea", "a long walk home", "no"]
@@ -63,7 +65,7 @@ def made(model: ModelRef) -> list[Pair]:
 
 
 def new_learner(policy: ModelRef, pairs: list[Pair], config: Train = TRAIN) -> Learner:
-    return Learner(policy, pairs, loss=partial(dpo, beta=0.1), beta=0.1, config=config, compute=COMPUTE, seed=0)
+    return Learner(policy, pairs, objective=DPO, config=config, compute=COMPUTE, seed=0)
 
 
 def chosen_ids(pair: Pair, *ids: int) -> Pair:
@@ -89,7 +91,7 @@ def test_a_weight_that_takes_no_part_in_the_loss_stops_the_run(policy: ModelRef,
 
 def test_a_nan_in_the_gradient_names_its_prompts(policy: ModelRef, pairs: list[Pair]) -> None:
     broken = [pairs[0].model_copy(update={"weight": float("nan")}), pairs[1]]
-    with pytest.raises(CheckFailed, match="gradient of step 1 is not finite; its pairs are those of prompts p0, p1"):
+    with pytest.raises(CheckFailed, match="gradient of step 1 is not finite; its items are those of prompts p0, p1"):
         new_learner(policy, pairs).step(broken, 0)
 
 
@@ -152,7 +154,7 @@ def test_an_adapter_that_does_not_move_in_the_second_step_stops_the_run(policy: 
 def test_weights_without_any_gradient_but_zero_are_noted(policy: ModelRef, pairs: list[Pair], tmp_path: Path) -> None:
     idle = [pair.model_copy(update={"weight": 0.0}) for pair in pairs]
     with Run.open(tmp_path / "run", recipe="test", config=TRAIN) as run:
-        run.stage("model", fit, policy, idle, [], loss=partial(dpo, beta=0.1), beta=0.1, config=TRAIN, compute=COMPUTE,
+        run.stage("model", fit, policy, idle, [], objective=DPO, config=TRAIN, compute=COMPUTE,
                   seed=0)  # fmt: skip
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     notes = [event["text"] for event in events if event["event"] == "note"]

@@ -34,9 +34,11 @@ from prefloop.train.learner import Learner, batch_of_step, fit, recompute_activa
 from prefloop.train.logprobs import Path as LogpsPath
 from prefloop.train.logprobs import response_logps, rows
 from prefloop.train.losses import dpo
+from prefloop.train.objective import PairObjective
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import logps_under, with_reference_logps
 
+DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=2, validation_pairs=0, checkpoint_every=2,
               validate_every=2)  # fmt: skip
@@ -71,12 +73,12 @@ def pairs(policy: ModelRef) -> list[Pair]:
 
 
 def new_learner(policy: ModelRef, pairs: list[Pair], config: Train = TRAIN, compute: Compute = COMPUTE) -> Learner:
-    return Learner(policy, pairs, loss=partial(dpo, beta=0.1), beta=0.1, config=config, compute=compute, seed=0)
+    return Learner(policy, pairs, objective=DPO, config=config, compute=compute, seed=0)
 
 
 def train(folder: Path, policy: ModelRef, pairs: list[Pair], config: Train = TRAIN) -> Path:
     with Run.open(folder, recipe="test", config=config) as run:
-        made = run.stage("model", fit, policy, pairs, pairs[:2], loss=partial(dpo, beta=0.1), beta=0.1, config=config,
+        made = run.stage("model", fit, policy, pairs, pairs[:2], objective=DPO, config=config,
                          compute=COMPUTE, seed=5)  # fmt: skip
     return made.path
 
@@ -117,7 +119,7 @@ def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) 
     learner.step(pairs[:3], 0)
     found = gradients(learner)
     fresh = new_learner(policy, pairs)
-    h = fresh._logps(pairs[:3], fresh.tokenise(pairs[:3]), fresh.path).h
+    h = PairObjective.pair_logps(pairs[:3], fresh._logps(pairs[:3], fresh.tokenise(pairs[:3]), fresh.path)).h
     (-0.05 * h.mean()).backward()
     for name, weight in fresh.trained:
         assert weight.grad is not None
@@ -332,7 +334,8 @@ def saved_bytes(learner: Learner, pairs: list[Pair]) -> int:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         shared_prefix(learner.model) if learner.path == "shared" else nullcontext(),
     ):
-        alive.append(learner._losses(learner._logps(pairs, learner.tokenise(pairs), learner.path), pairs))
+        logps = learner._logps(pairs, learner.tokenise(pairs), learner.path)
+        alive.append(learner.objective.losses(pairs, logps))
     return sum(kept.values())
 
 

@@ -12,8 +12,10 @@ from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
 from prefloop.train.losses import dpo
+from prefloop.train.objective import PairObjective
 from prefloop.train.online import OnlineLearner, _base, copy_weights
 
+DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
 SAMPLING = Sampling(max_new_tokens=20)
 TRAIN = Train(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, validation_pairs=0)
 KINDS = {"full": 0, "lora": 4}
@@ -23,7 +25,12 @@ def online_learner(rank: int = 0, *, dtype: str = "float32", behaviour: str = "c
     compute = Compute(device="cpu", dtype="float32", sampling_dtype=dtype, sequences_per_batch=16)
     config = TRAIN.replace(lora=Lora(rank=rank).model_dump())
     learner = Learner(
-        stopping_folder(), [], loss=partial(dpo, beta=0.1), beta=0.1, config=config, compute=compute, seed=0
+        stopping_folder(),
+        [],
+        objective=DPO,
+        config=config,
+        compute=compute,
+        seed=0,
     )
     return OnlineLearner(learner, behaviour=behaviour)
 

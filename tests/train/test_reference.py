@@ -18,9 +18,11 @@ from prefloop.run import Run
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
 from prefloop.train.losses import dpo
+from prefloop.train.objective import PairObjective
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import cache_key, with_reference_logps
 
+DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
 COMPUTE = Compute(device="cpu", dtype="float32", tokens_per_forward=200)
 TRAIN = Train(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=0, validation_pairs=1)
 KNOWN, CACHED, OFF, COMPUTED = (
@@ -226,7 +228,7 @@ def test_adapter_off_gives_the_bytes_of_a_second_model_and_leaves_the_adapter_tr
     model: ModelRef, pairs: list[Pair], cache: Path, loads: list[str]
 ) -> None:
     config = TRAIN.replace(lora=Lora(rank=2).model_dump())
-    learner = Learner(model, pairs, loss=partial(dpo, beta=0.1), beta=0.1, config=config, compute=COMPUTE, seed=0)
+    learner = Learner(model, pairs, objective=DPO, config=config, compute=COMPUTE, seed=0)
     with torch.no_grad():
         for name, weight in learner.trained:
             if "lora_B" in name:

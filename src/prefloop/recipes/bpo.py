@@ -14,8 +14,8 @@ Start: an instruction-tuned model pi(0), prompts, an annotator; F phases in T st
 The result is the mean of the members. F = 1 is training on answers of pi(0); F = T is on-policy, and its loss is a
 constant, because every step begins at h = 0 (n = 1): look at win rates and drift, not at the loss.
 
-`--reference start` is online direct alignment with the same data (OAIF's with F = T and one member), `ema` a moving mean
-of behaviour models, and another model's name the paper's ablation with a better, but farther, reference.
+`--reference start` is online direct alignment with the same data (OAIF's with F = T and one member), `ema` a moving
+mean of behaviour models, and another model's name the paper's ablation with a better, but farther, reference.
 
 Departures (docs/methods/bpo.md says more): members differ by the random A of their adapters and not by a supervised
 round each; the mean is of weight changes, where the released code averages the factors; IPO sums over tokens; ties and
@@ -142,6 +142,11 @@ def demo() -> BpoConfig:
 
 def bpo(cfg: BpoConfig, run: "Run") -> ModelRef:
     """Run BPO; returns the final model, RUN/model."""
+    if cfg.members > 1 and not cfg.train.lora.rank:
+        raise InputError(
+            f"members = {cfg.members} needs an adapter for each: give --train.lora.rank, or --members 1 to train all "
+            "weights"
+        )
     k, phases = phase_length(cfg), phases_of(cfg)
     run.note(f"{phases} phases of {k} steps, reference {cfg.reference}, {cfg.members} members")
     return run_online(cfg, run, partial(align, reference=other_reference(cfg)), *load_both(cfg, run), beta=cfg.beta)
@@ -183,10 +188,11 @@ def align(
     """The T steps. `before`: answers of the start model to the held-out prompts."""
     from prefloop.train.learner import Learner, batch_of_step
     from prefloop.train.losses import LOSSES
+    from prefloop.train.objective import PairObjective
     from prefloop.train.proximal import ProximalLearner
 
     loss = LOSSES[cfg.loss].function
-    learner = Learner(start, [], loss=partial(loss, beta=cfg.beta), beta=cfg.beta, config=cfg.train,
+    learner = Learner(start, [], objective=PairObjective(partial(loss, beta=cfg.beta), cfg.beta), config=cfg.train,
                       compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
     online = ProximalLearner(learner, members=cfg.members, reference=reference or cfg.reference, ema=cfg.ema,
                              seed=cfg.seed)  # fmt: skip
@@ -197,7 +203,8 @@ def align(
             if step % k == 0:
                 online.refresh()
             batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
-            groups = online.sample(distinct(batch), k=2, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "step", step))
+            seed = derive_seed(cfg.seed, "step", step)
+            groups = online.sample(distinct(batch), k=2, sampling=cfg.sampling, seed=seed)
             gap = loop.sampler_gap(step, groups)
             pairs, labelled = loop.pairs(step, groups)
             counts = counts_of(labelled) | lengths_of_pairs(pairs)

@@ -101,6 +101,7 @@ def dpo_round(
     """
     from prefloop.train.learner import fit
     from prefloop.train.losses import dpo as dpo_loss
+    from prefloop.train.objective import PairObjective
     from prefloop.train.reference import with_reference_logps
 
     adapter_off = train.lora.rank > 0 and reference.fingerprint == policy.fingerprint
@@ -117,8 +118,7 @@ def dpo_round(
         policy,
         training,
         validation,
-        loss=partial(dpo_loss, beta=beta),
-        beta=beta,
+        objective=PairObjective(partial(dpo_loss, beta=beta), beta),
         config=train,
         compute=compute,
         seed=seed,

@@ -144,11 +144,12 @@ def align(
     """The T steps. `before`: answers of the start model to the held-out prompts."""
     from prefloop.train.learner import Learner, batch_of_step
     from prefloop.train.losses import LOSSES
+    from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
 
     loss, beta = LOSSES[cfg.loss].function, beta_of(cfg)
-    learner = Learner(start, [], loss=partial(loss, beta=beta), beta=beta, config=cfg.train, compute=cfg.compute,
-                      seed=cfg.seed, stage=stage)  # fmt: skip
+    learner = Learner(start, [], objective=PairObjective(partial(loss, beta=beta), beta), config=cfg.train,
+                      compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
     online = OnlineLearner(learner, behaviour="start" if cfg.offline else "current")
     with OnlineLoop(online, before, judges, cfg, ask=preferences, look=evaluate, description=f"{cfg.loss} online",
                     stage=stage) as loop:  # fmt: skip

@@ -62,9 +62,7 @@ def run_online(
     start = resolve(cfg.policy)
     check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
     judges = load_judges(cfg, run)
-    if judges.shared:
-        run.note(f"warning: the win rates are judged by the annotator that trains the model ({judges.shared}), which "
-                 "flatters it; name another --evaluator")  # fmt: skip
+    warn_of_shared(judges, run)
     look = partial(look_at, run, start, [], cfg, beta=beta, prompts=held_out)
 
     before = look("start", start)
@@ -109,6 +107,13 @@ def load_judges(cfg: Any, run: "Run") -> Judges:
     # Left out, the evaluator is the annotator: the same one, so that nothing is loaded or paid twice.
     evaluator = load(cfg.evaluator, cfg.evaluation, meter=meters[1]) if cfg.evaluator else annotator
     return Judges(annotator, evaluator, meters)
+
+
+def warn_of_shared(judges: Judges, run: "Run") -> None:
+    """Says so where the annotator that trains judges the win rates too."""
+    if judges.shared:
+        run.note(f"warning: the win rates are judged by the annotator that trains the model ({judges.shared}), which "
+                 "flatters it; name another --evaluator")  # fmt: skip
 
 
 def load_both(cfg: Any, run: "Run") -> "tuple[list[Prompt], list[Prompt]]":
@@ -270,9 +275,17 @@ def check_there_are_pairs(
     )
 
 
-def estimate_online(cfg: Any, recipe: str) -> list[str]:
+def estimate_online(
+    cfg: Any,
+    recipe: str,
+    *,
+    read: "Callable[[Any, Run], tuple[list[Prompt], list[Prompt]]]" = load_both,
+    asked: int | None = None,
+) -> list[str]:
     """What --dry-run prints: a line for every LLM judge, with what a whole run would take if no two answers were the
     same and every first answer of the judge were clear. Nothing is asked.
+
+    `asked`: questions of the training; one for every prompt of every step when left out.
     """
     from prefloop.feedback.annotator import Comparison
     from prefloop.feedback.estimate import estimate
@@ -281,8 +294,9 @@ def estimate_online(cfg: Any, recipe: str) -> list[str]:
     from prefloop.run import Run
 
     with tempfile.TemporaryDirectory() as folder, Run.open(Path(folder) / "run", recipe=recipe, config=cfg) as run:
-        prompts, held_out = load_both(cfg, run)
+        prompts, held_out = read(cfg, run)
         judges = load_judges(cfg, run)
+    in_training: int = cfg.train.steps * cfg.train.batch_size if asked is None else asked
     # Answers as long as they may be, of about a token a word; two different ones.
     first, second = (
         Response(text=" ".join([word] * cfg.sampling.max_new_tokens), finish_reason="length") for word in ("one", "two")
@@ -291,7 +305,7 @@ def estimate_online(cfg: Any, recipe: str) -> list[str]:
     looked_at = looks * min(cfg.look_at.answers, len(held_out))
     lines = []
     for role, judge, prices, of, n in (
-        ("training", judges.annotator, cfg.feedback, prompts, cfg.train.steps * cfg.train.batch_size),
+        ("training", judges.annotator, cfg.feedback, prompts, in_training),
         ("win rates", judges.annotator, cfg.feedback, held_out, looked_at),
         ("win rates", judges.evaluator, cfg.evaluation if cfg.evaluator else cfg.feedback, held_out, 2 * looked_at),
     ):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed
-from prefloop.records import Pair, Prompt
+from prefloop.records import Item, Pair, Prompt
 from prefloop.train.losses import PairLogps
 from prefloop.train.packing import TokenGroup
 
@@ -26,7 +26,20 @@ CONVERSATION = [
 
 
 def check_pairs(pairs: Sequence[Pair], groups: Sequence[TokenGroup], chat: ChatFormat) -> None:
-    """Token ids of pairs: one BOS, one end of turn, two different responses.
+    """Token ids of pairs: those of `check_tokens`, and two different responses."""
+    check_tokens(pairs, groups, chat, names=("chosen response", "rejected response"))
+    for pair, group in zip(pairs, groups, strict=True):
+        if group.responses[0] == group.responses[1]:
+            raise CheckFailed(
+                f"both responses of the pair of prompt {pair.prompt.id!r} are the same {len(group.responses[0])} "
+                "tokens; expected two different answers: leave this pair out"
+            )
+
+
+def check_tokens(
+    items: Sequence[Item], groups: Sequence[TokenGroup], chat: ChatFormat, *, names: Sequence[str]
+) -> None:
+    """Token ids of prompts and responses: one BOS, one end of turn. `names`: what each of an item's responses is.
 
     A BOS may stand at the start of a prompt, once. Some templates open every turn with it (SmolLM2, Llama 2): then it
     may stand elsewhere in a prompt too, but never twice in succession. No response made from text begins with one;
@@ -34,28 +47,23 @@ def check_pairs(pairs: Sequence[Pair], groups: Sequence[TokenGroup], chat: ChatF
     """
     bos = chat.bos_token_id
     in_turns = bos is not None and chat.prompt_ids(Prompt.of(CONVERSATION)).count(bos) > 1
-    for pair, group in zip(pairs, groups, strict=True):
-        where = f"prompt {pair.prompt.id!r}"
+    for item, group in zip(items, groups, strict=True):
+        where = f"prompt {item.prompt.id!r}"
         if bos is not None:
             _check_bos(group.prompt_ids, bos, in_turns=in_turns, name=chat.token(bos), where=where)
-        for which, ids in zip(("chosen", "rejected"), group.responses, strict=True):
-            given = getattr(pair, which).finish_reason == "given"
+        for which, response, ids in zip(names, item.responses, group.responses, strict=True):
+            given = response.finish_reason == "given"
             if given and bos is not None and ids[0] == bos and bos not in chat.stop_token_ids:
                 raise CheckFailed(
-                    f"the {which} response to {where} begins with the BOS {chat.token(bos)}; expected none, because "
+                    f"the {which} to {where} begins with the BOS {chat.token(bos)}; expected none, because "
                     "the prompt stands before it: tokenise responses without special tokens, or leave their ids out"
                 )
             early = next((i for i, id in enumerate(ids[:-1]) if id in chat.stop_token_ids), None)
             if early is not None:
                 raise CheckFailed(
-                    f"the {which} response to {where} has the end token {chat.token(ids[early])} at position {early} "
+                    f"the {which} to {where} has the end token {chat.token(ids[early])} at position {early} "
                     f"of {len(ids)}; expected it once, as the last token: cut the response there, or leave its ids out"
                 )
-        if group.responses[0] == group.responses[1]:
-            raise CheckFailed(
-                f"both responses of the pair of {where} are the same {len(group.responses[0])} tokens; "
-                "expected two different answers: leave this pair out"
-            )
 
 
 def _check_bos(ids: Sequence[int], bos: int, *, in_turns: bool, name: str, where: str) -> None:

@@ -1,8 +1,8 @@
-"""The training round: a model folder and pairs with reference log-probabilities in, a trained model folder out.
+"""The training round: a model folder and items to train on in, a trained model folder out.
 
-No reference model is in memory: its log-probabilities come with the pairs, or from the model itself with its adapter
-switched off. Data order is a pure function of (seed, step), and a checkpoint holds weights, optimiser and log, so a
-round that is killed ends in the same bytes.
+What is minimised is an `Objective`. No reference model is in memory: its log-probabilities come with the pairs, or from
+the model itself with its adapter switched off. Data order is a pure function of (seed, step), and a checkpoint holds
+weights, optimiser and log, so a round that is killed ends in the same bytes.
 """
 
 import math
@@ -10,11 +10,12 @@ import os
 import shutil
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
@@ -24,17 +25,17 @@ from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer, require_peft, write_model
-from prefloop.records import Pair, Prompt, Response
+from prefloop.records import Item, Pair, Prompt, Response
 from prefloop.run import Stage
 from prefloop.seeds import derive_seed, generator
 from prefloop.train.attention import shared_prefix
 from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
-from prefloop.train.checks import check_finite, check_gradients, check_movement, check_pairs, check_zero_margin
+from prefloop.train.checks import check_finite, check_gradients, check_movement
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.logprobs import Path as LogpsPath
-from prefloop.train.logprobs import choose_path, config_obstacle, response_logps, rows
-from prefloop.train.losses import PairLogps, pair_metrics
+from prefloop.train.logprobs import ResponseLogps, choose_path, config_obstacle, response_logps, rows
 from prefloop.train.memory import reused_memory
+from prefloop.train.objective import I, Objective
 from prefloop.train.optim import learning_rate, make_optimizer, unit_step
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass, token_group
@@ -42,30 +43,28 @@ from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass, to
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Loss = Callable[..., Tensor]
 TRAINING_LOG = "training_log.jsonl"
 
 
-class Learner:
-    """One model in training. `step(pairs, step)` is one optimiser step; `evaluate(pairs)` changes nothing.
+class Learner(Generic[I]):
+    """One model in training. `step(items, step)` is one optimiser step; `evaluate(items)` changes nothing.
 
-    `data`: all pairs that are known beforehand, trained on or watched. They are tokenised once, here, and the longest
+    `data`: all items that are known beforehand, trained on or watched. They are tokenised once, here, and the longest
     of them counts in the choice of the path.
     """
 
     def __init__(
         self,
         policy: ModelRef,
-        data: Sequence[Pair],
+        data: Sequence[I],
         *,
-        loss: Loss,
-        beta: float,
+        objective: Objective[I],
         config: Train,
         compute: Compute,
         seed: int,
         stage: Stage | None = None,
     ) -> None:
-        self.policy, self.loss, self.beta, self.config, self.compute = policy, loss, beta, config, compute
+        self.policy, self.objective, self.config, self.compute = policy, objective, config, compute
         self.stage = stage or Stage.detached()
         self.tokenizer = load_tokenizer(policy)
         self.chat = ChatFormat(self.tokenizer)
@@ -85,17 +84,17 @@ class Learner:
         if config.compile:
             compile_layers(self.model)
 
-    def tokenise(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
-        """The token ids of pairs, checked (`check_pairs`)."""
-        groups = [token_group(self.chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
-        check_pairs(pairs, groups, self.chat)
+    def tokenise(self, items: Sequence[I]) -> list[TokenGroup]:
+        """The token ids of items, checked (`Objective.check`)."""
+        groups = [token_group(self.chat, item.prompt, item.responses) for item in items]
+        self.objective.check(items, groups, self.chat)
         return groups
 
-    def _groups(self, pairs: Sequence[Pair]) -> list[TokenGroup]:
-        new = [pair for pair in pairs if _content(pair) not in self.known]
+    def _groups(self, items: Sequence[I]) -> list[TokenGroup]:
+        new = [item for item in items if _content(item) not in self.known]
         groups = dict(zip(map(_content, new), self.tokenise(new), strict=True)) if new else {}
         known = ChainMap(groups, self.known)
-        return [known[_content(pair)] for pair in pairs]
+        return [known[_content(item)] for item in items]
 
     def path_of(self, groups: Sequence[TokenGroup]) -> LogpsPath:
         """The path of one batch, whatever came before it: what is proven of the model holds for rows that its
@@ -122,40 +121,39 @@ class Learner:
             stage=self.stage,
         )
 
-    def step(self, pairs: Sequence[Pair], step: int) -> dict[str, float]:
-        """One optimiser step on the mean loss of `pairs`, in as many passes as the token budget asks for.
+    def step(self, items: Sequence[I], step: int) -> dict[str, float]:
+        """One optimiser step on the mean loss of `items`, in as many passes as the token budget asks for.
 
-        `step` counts from 0. Pairs that are not of `data` are tokenised and checked here.
+        `step` counts from 0. Items that are not of `data` are tokenised and checked here.
         """
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        groups = self._groups(pairs)
+        groups = self._groups(items)
         path = self.path_of(groups)
         first = not self.optimizer.state  # no update has been made, in this process or before its checkpoint
+        size = self.objective.size(items, groups)
         sums: dict[str, float] = {}
         # Around the backward pass too: layers that are computed again there must attend as they did before.
         with shared_prefix(self.model) if path == "shared" else nullcontext():
-            for row in rows(groups, self.compute.tokens_per_forward, path=path):
-                chunk = [pairs[i] for i in row]
-                logps = self._logps(chunk, [groups[i] for i in row], path)
-                losses = self._losses(logps, chunk)
+            for row, logps in self._passes(items, groups, path):
+                chunk = [items[i] for i in row]
+                losses, metrics = self.objective.losses(chunk, logps)
                 if first:
-                    check_zero_margin(logps, chunk, policy=self.policy.fingerprint, dtype=self.dtype)
+                    self.objective.before_first_update(chunk, logps, policy=self.policy.fingerprint, dtype=self.dtype)
                 # Divided by the whole batch, not by the chunk: the gradient does not depend on how memory cut it.
-                (losses.sum() / len(pairs)).backward()
-                _add(sums, losses, logps, self.beta)
+                (losses.sum() / size).backward()
+                _add(sums, losses, metrics)
         norm = float(torch.nn.utils.clip_grad_norm_([w for _, w in self.trained], self.config.max_grad_norm))
         if first:
             check_gradients(self.trained)
         if not math.isfinite(norm):
-            ids = ", ".join(pair.prompt.id for pair in pairs)
-            raise CheckFailed(f"the gradient of step {step + 1} is not finite; its pairs are those of prompts {ids}")
+            ids = ", ".join(item.prompt.id for item in items)
+            raise CheckFailed(f"the gradient of step {step + 1} is not finite; its items are those of prompts {ids}")
         with self._movement(step, rate):
             self.optimizer.step()
-        means = {name: total / len(pairs) for name, total in sums.items()}
-        return {**means, "grad_norm": norm, "learning_rate": rate}
+        return {**_means(sums, len(items), size), "grad_norm": norm, "learning_rate": rate}
 
     def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
         """The check of the first two steps that every weight moves."""
@@ -164,30 +162,55 @@ class Learner:
         moved = partial(unit_step, self.config)
         return check_movement(self.unmoved, moved, rate=rate, peak=self.config.learning_rate)
 
-    def _logps(self, pairs: Sequence[Pair], groups: Sequence[TokenGroup], path: LogpsPath) -> PairLogps:
-        policy = response_logps(self.model, groups, path=path, dtype=self.dtype).sums
-        check_finite(policy.reshape(-1, 2).tolist(), [pair.prompt.id for pair in pairs], "the model in training")
-        known = [pair.reference_logps for pair in pairs]
-        reference = torch.tensor(known, dtype=torch.float32, device=policy.device)
-        return PairLogps(policy[0::2], policy[1::2], reference[:, 0], reference[:, 1])
+    def _passes(
+        self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath
+    ) -> Iterator[tuple[list[int], ResponseLogps]]:
+        """Indices of items that go through the model together, and the log-probabilities of their responses; of all
+        items at once where the objective couples them.
+        """
+        cut = rows(groups, self.compute.tokens_per_forward, path=path)
+        if self.objective.coupled and len(cut) > 1:
+            yield list(range(len(items))), self._joined(items, groups, path, cut)
+        else:
+            for row in cut:
+                yield row, self._logps([items[i] for i in row], [groups[i] for i in row], path)
 
-    def _losses(self, logps: PairLogps, pairs: Sequence[Pair]) -> Tensor:
-        device = logps.policy_chosen.device
-        p = torch.tensor([pair.p for pair in pairs], device=device)
-        weight = torch.tensor([pair.weight for pair in pairs], device=device)
-        return self.loss(logps, p=p, weight=weight)
+    def _joined(
+        self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath, cut: Sequence[Sequence[int]]
+    ) -> ResponseLogps:
+        """The log-probabilities of a whole batch in a graph that keeps no activations: its backward pass computes the
+        batch again, one row at a time.
+        """
+        pieces: list[list[Tensor]] = [[] for _ in items]
+        for row in cut:
+            part = [items[i] for i in row], [groups[i] for i in row], path
+            logps: Any = checkpoint(self._logps, *part, use_reentrant=False, preserve_rng_state=False)
+            each = iter(logps.tokens.split(logps.counts.tolist()))
+            for i in row:
+                pieces[i] = list(islice(each, len(groups[i].responses)))
+        flat = [piece for own in pieces for piece in own]
+        counts = torch.tensor([len(piece) for piece in flat], device=flat[0].device)
+        return ResponseLogps.of(torch.cat(flat), counts)
+
+    def _logps(self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath) -> ResponseLogps:
+        logps = response_logps(self.model, groups, path=path, dtype=self.dtype)
+        sums = iter(logps.sums.tolist())
+        own = [list(islice(sums, len(group.responses))) for group in groups]
+        check_finite(own, [item.prompt.id for item in items], "the model in training")
+        return logps
 
     @torch.no_grad()
-    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """Mean loss, accuracy, margin and log-probability changes over `pairs`."""
-        groups = self._groups(pairs)
+    def evaluate(self, items: Sequence[I]) -> dict[str, float]:
+        """Mean loss and metrics over `items`; where the objective couples items, over batches as in training."""
+        groups = self._groups(items)
         path = self.path_of(groups)
+        together = self.config.batch_size if self.objective.coupled else len(items)
         sums: dict[str, float] = {}
-        for row in rows(groups, self.compute.tokens_per_forward, path=path):
-            chunk = [pairs[i] for i in row]
-            logps = self._logps(chunk, [groups[i] for i in row], path)
-            _add(sums, self._losses(logps, chunk), logps, self.beta)
-        return {name: total / len(pairs) for name, total in sums.items()}
+        for start in range(0, len(items), together):
+            batch, own = items[start : start + together], groups[start : start + together]
+            for row, logps in self._passes(batch, own, path):
+                _add(sums, *self.objective.losses([batch[i] for i in row], logps))
+        return _means(sums, len(items), self.objective.size(items, groups))
 
     def write(self, folder: Path) -> None:
         """Save the model as an ordinary transformers folder, adapters merged in float32."""
@@ -208,9 +231,9 @@ def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
         return peft.get_peft_model(model, settings).eval()
 
 
-def _content(pair: Pair) -> tuple[Prompt, Response, Response]:
-    """What a pair's token ids are made of: a pair that gains reference log-probabilities keeps them."""
-    return pair.prompt, pair.chosen, pair.rejected
+def _content(item: Item) -> tuple[Prompt, tuple[Response, ...]]:
+    """What an item's token ids are made of: a pair that gains reference log-probabilities keeps them."""
+    return item.prompt, item.responses
 
 
 def compile_layers(model: "PreTrainedModel") -> None:
@@ -249,14 +272,17 @@ def recompute_activations(model: "PreTrainedModel") -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _add(sums: dict[str, float], losses: Tensor, logps: PairLogps, beta: float) -> None:
-    values = {"loss": losses.detach(), **pair_metrics(logps, beta=beta)._asdict()}
-    for name, value in values.items():
+def _add(sums: dict[str, float], losses: Tensor, metrics: dict[str, Tensor]) -> None:
+    for name, value in {"loss": losses.detach(), **metrics}.items():
         sums[name] = sums.get(name, 0.0) + float(value.sum())
 
 
+def _means(sums: dict[str, float], items: int, size: int) -> dict[str, float]:
+    return {name: total / (size if name == "loss" else items) for name, total in sums.items()}
+
+
 def batch_of_step(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of step `step` (from 0): a new permutation of all n pairs each epoch, batches running across epochs."""
+    """Indices of step `step` (from 0): a new permutation of all n items each epoch, batches running across epochs."""
     chosen = []
     orders: dict[int, Any] = {}
     for position in range(step * batch_size, (step + 1) * batch_size):
@@ -270,28 +296,29 @@ def batch_of_step(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 @reused_memory()
 def fit(
     policy: ModelRef,
-    pairs: Sequence[Pair],
-    validation: Sequence[Pair],
+    items: Sequence[I],
+    validation: Sequence[I],
     *,
-    loss: Loss,
-    beta: float,
+    objective: Objective[I],
     config: Train,
     compute: Compute,
     seed: int,
     adapter_off: bool = False,
     stage: Stage,
 ) -> Path:
-    """Train `policy` on pairs with reference log-probabilities; returns the folder of the trained model.
+    """Train `policy` on items of the objective's kind; returns the folder of the trained model.
 
-    `adapter_off`: the reference is `policy` itself and an adapter is trained; pairs that do not carry its
-    log-probabilities yet get them here, with the adapter switched off.
-    `training_log.jsonl` in it has a line a step (means over the batch) and a line a look at the validation pairs.
+    `adapter_off`: the items are pairs, their reference is `policy` itself and an adapter is trained; pairs that do not
+    carry its log-probabilities yet get them here, with the adapter switched off.
+    `training_log.jsonl` in it has a line a step (means over the batch) and a line a look at the validation items.
     Raises CheckFailed when there is nothing to train on, or a self-check fails.
     """
-    if not pairs:
-        raise CheckFailed("there are no pairs to train on; the counts of earlier stages say where they were dropped")
-    data, n = [*pairs, *validation], len(pairs)
-    learner = Learner(policy, data, loss=loss, beta=beta, config=config, compute=compute, seed=seed, stage=stage)
+    if not items:
+        raise CheckFailed(f"there are no {objective.kind} to train on; the counts of earlier stages say where they "
+                          "were dropped")  # fmt: skip
+    data: list[Any] = [*items, *validation]
+    n = len(items)
+    learner = Learner(policy, data, objective=objective, config=config, compute=compute, seed=seed, stage=stage)
     stage.event("path", model=policy.name, path=learner.path, why=learner.why)
     if adapter_off:
         data = learner.with_reference_logps(data)

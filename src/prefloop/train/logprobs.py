@@ -41,6 +41,13 @@ class ResponseLogps(NamedTuple):
     tokens: Float[Tensor, " T"]
     entropy: Float[Tensor, " T"] | None
 
+    @classmethod
+    def of(cls, tokens: Tensor, counts: Tensor, *, entropy: Tensor | None = None) -> "ResponseLogps":
+        """From the log-probabilities [T] of all tokens and the number [R] of each response's."""
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        sums = torch.zeros(len(counts), device=counts.device).index_add(0, owner, tokens)
+        return cls(sums, counts, tokens, entropy)
+
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     """Matrix products in `dtype` over float32 weights; float32 itself needs no context."""
@@ -64,9 +71,7 @@ def response_logps(
     with autocast(model.device, dtype):
         hidden, targets, counts = forward(model, groups)
         tokens, entropies = token_logps(model, hidden, targets, entropy=entropy)
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    sums = torch.zeros(len(counts), device=counts.device).index_add(0, owner, tokens)
-    return ResponseLogps(sums, counts, tokens, entropies)
+    return ResponseLogps.of(tokens, counts, entropy=entropies)
 
 
 def rows(groups: Sequence[TokenGroup], token_budget: int, *, path: Path = "shared") -> list[list[int]]:

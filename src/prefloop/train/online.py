@@ -37,7 +37,7 @@ class OnlineLearner:
     `behaviour`: whose answers `sample` gives, the current model's or those of the start model (an offline baseline).
     """
 
-    def __init__(self, learner: Learner, *, behaviour: Literal["current", "start"] = "current") -> None:
+    def __init__(self, learner: Learner[Any], *, behaviour: Literal["current", "start"] = "current") -> None:
         self.learner, self.behaviour = learner, behaviour
         compute, policy = learner.compute, learner.policy
         device = choose_device(compute.device)

@@ -26,6 +26,11 @@ class TokenGroup:
         """
         return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)
 
+    @property
+    def predicted(self) -> int:
+        """Response tokens whose log-probability counts: all, or all but the first where the prompt is empty."""
+        return sum(len(response) - (not self.prompt_ids) for response in self.responses)
+
 
 def split(groups: Sequence[TokenGroup], token_budget: int, *, shared: bool) -> list[tuple[int, TokenGroup]]:
     """Groups in pieces, each with the index of its group: of the responses in order, as many as the budget takes.

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloop.errors import InputError
 from prefloop.models import ModelRef, choose_device, load_model, write_model
 from prefloop.records import Group, Pair, Prompt
 from prefloop.sample.sampling import Sampling
@@ -36,7 +35,7 @@ class ProximalLearner(OnlineLearner):
     """n members over one `Learner`. `refresh` takes the behaviour model; `step` trains every member on the same pairs.
 
     `reference`: "behaviour" (BPO), "start" (online direct alignment), "ema" (a moving mean of behaviour models), or
-    another model, frozen. Raises InputError for several members without an adapter: each would be a whole model.
+    another model, frozen. Several members need an adapter (`Train.lora`): each would be a whole model.
     """
 
     def __init__(
@@ -44,11 +43,6 @@ class ProximalLearner(OnlineLearner):
         seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(learner)
-        if members > 1 and not self.adapter:
-            raise InputError(
-                f"members = {members} needs an adapter for each: give --train.lora.rank, or --members 1 to train all "
-                "weights"
-            )
         device = choose_device(learner.compute.device)
 
         def frozen(ref: ModelRef) -> Any:
@@ -77,7 +71,7 @@ class ProximalLearner(OnlineLearner):
 
     @torch.no_grad()
     def _fresh(self, seed: int) -> Weights:
-        """The weights of an adapter that begins elsewhere: another random A, and B = 0, so that it changes nothing yet."""
+        """The weights of an adapter that begins elsewhere: another random A, and B = 0, so it changes nothing yet."""
         torch.manual_seed(seed)
         for module in self.learner.model.modules():
             if hasattr(module, "reset_lora_parameters"):
@@ -118,7 +112,10 @@ class ProximalLearner(OnlineLearner):
 
     @contextmanager
     def _turn(self, i: int) -> Iterator[None]:
-        """Member i is the model in training."""
+        """Member i is the model in training; one alone always is."""
+        if len(self.members) == 1:
+            yield
+            return
         self._put(self.members[i])
         self.learner.optimizer = self.optimizers[i]
         yield
@@ -180,7 +177,7 @@ class ProximalLearner(OnlineLearner):
 
     def sampler_gap(self, groups: Sequence[Group]) -> list[float]:
         """Of the behaviour model's answers, under the behaviour model."""
-        return self._compared(groups, self.behaviour, self.reference_logps(self._items(groups)))[1]
+        return self._compared(groups, self.behaviour, [[0.0] * len(group.responses) for group in groups])[1]
 
     def write(self, folder: Path) -> None:
         """Save the merged model as an ordinary transformers folder."""

@@ -176,7 +176,7 @@ def fill_in(
     if not missing:
         return list(pairs)
     chat = ChatFormat(load_tokenizer(reference))
-    groups = [token_group(chat, pair.prompt, (pair.chosen, pair.rejected)) for pair in missing]
+    groups = [token_group(chat, pair.prompt, pair.responses) for pair in missing]
     key = cache_key(groups, reference, compute)
     file = cache_folder() / "logps" / f"{key}.logps"
     found = read_cached(file, key, stage)
