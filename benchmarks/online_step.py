@@ -67,7 +67,6 @@ def prompts_of(job: Job, tokenizer: Any) -> list[Any]:
 
 def ours(job: Job, turn: Connection) -> None:
     """Worker: waits for its turn, does one step as `prefloop oaif` does, reports seconds and loss."""
-    from functools import partial
 
     from prefloop.feedback.registry import load_annotator
     from prefloop.models import load_tokenizer, resolve
@@ -75,7 +74,7 @@ def ours(job: Job, turn: Connection) -> None:
     from prefloop.seeds import derive_seed
     from prefloop.train.config import Compute, Train
     from prefloop.train.learner import Learner
-    from prefloop.train.losses import dpo
+    from prefloop.train.losses import parse_loss
     from prefloop.train.memory import reused_memory
     from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
@@ -94,7 +93,7 @@ def ours(job: Job, turn: Connection) -> None:
     )
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=compute)
     learner = Learner(
-        ref, [], objective=PairObjective(partial(dpo, beta=BETA), BETA), config=train, compute=compute, seed=0
+        ref, [], objective=PairObjective(parse_loss("dpo", beta=BETA)), config=train, compute=compute, seed=0
     )
     online = OnlineLearner(learner)
     report(turn, learner.why)

@@ -60,13 +60,12 @@ class Job(NamedTuple):
 
 def ours(job: Job, turn: Connection) -> None:
     """Worker: waits for its turn, does the reference pass or one step, reports seconds and loss."""
-    from functools import partial
 
     from prefloop.data.chat import ChatFormat
     from prefloop.models import load_tokenizer, resolve
     from prefloop.train.config import Compute, Lora, Train
     from prefloop.train.learner import Learner
-    from prefloop.train.losses import dpo
+    from prefloop.train.losses import parse_loss
     from prefloop.train.memory import reused_memory
     from prefloop.train.objective import PairObjective
     from prefloop.train.reference import token_group, with_reference_logps
@@ -83,7 +82,7 @@ def ours(job: Job, turn: Connection) -> None:
         lora=Lora(rank=job.lora),
     )  # fmt: skip
     learner = Learner(
-        ref, pairs, objective=PairObjective(partial(dpo, beta=BETA), BETA), config=config, compute=compute, seed=0
+        ref, pairs, objective=PairObjective(parse_loss("dpo", beta=BETA)), config=config, compute=compute, seed=0
     )
     report(turn, learner.why)
 

@@ -1,4 +1,5 @@
-"""The records that every stage reads and writes: `Prompt`, `Response`, `Group`, `Pair`, `Demonstration`.
+"""The records that every stage reads and writes: `Prompt`, `Response`, `Group`, `Pair`, `Answer`,
+`Demonstration`.
 
 All are frozen and each is one JSON line (`record.to_json()`, `Group.from_json(line)`), so a file of records can be read
 with any tool, and equal records have equal bytes.
@@ -7,13 +8,14 @@ with any tool, and equal records have equal bytes.
     Response  {"text": "Red.", "token_ids": [5, 9, 2], "finish_reason": "stop", ...}
     Group     one prompt and its K responses
     Pair      one prompt, the chosen and the rejected response, and what is known about them
+    Answer    one prompt, a response, and whether it is good
     Demonstration   one prompt, a response to imitate, and how much it counts
 """
 
 import hashlib
 import json
 import math
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -141,11 +143,46 @@ class Pair(Record):
     rejected_score: float | None = None
     reference_logps: tuple[float, float] | None = None
     reference: str | None = None
+    reference_prefix_logps: tuple[float, float] | None = Field(
+        default=None, description="`reference_logps` of both responses cut to the tokens of the shorter one (LD-DPO)"
+    )
+    reference_sample: Literal["chosen", "rejected"] | None = Field(
+        default=None, description="which response the reference model gave, where that is known (XPO)"
+    )
 
     @property
     def responses(self) -> tuple[Response, Response]:
         """(chosen, rejected)."""
         return self.chosen, self.rejected
+
+    def with_responses(self, chosen: Response, rejected: Response) -> Self:
+        """The pair with its responses replaced."""
+        return self.model_copy(update={"chosen": chosen, "rejected": rejected})
+
+
+class Answer(Record):
+    """One prompt and a response that was called good or bad (KTO).
+
+    `mismatched` is a response to another prompt, by which the drift from the reference is estimated. `reference_logps`
+    are those of `responses` under the model with the fingerprint `reference`.
+    """
+
+    prompt: Prompt
+    response: Response
+    p: float = Field(ge=0.0, le=1.0, description="P(the response is good): 1 or 0, or a soft label")
+    weight: float = Field(default=1.0, ge=0.0)
+    mismatched: Response | None = None
+    reference_logps: tuple[float, float] | None = None
+    reference: str | None = None
+
+    @property
+    def responses(self) -> tuple[Response, ...]:
+        """The response and the mismatched one."""
+        return (self.response,) if self.mismatched is None else (self.response, self.mismatched)
+
+    def with_responses(self, response: Response, mismatched: Response | None = None) -> Self:
+        """The answer with its responses replaced."""
+        return self.model_copy(update={"response": response, "mismatched": mismatched})
 
 
 class Demonstration(Record):
@@ -159,3 +196,7 @@ class Demonstration(Record):
     def responses(self) -> tuple[Response]:
         """The response alone."""
         return (self.response,)
+
+
+Judged = TypeVar("Judged", Pair, Answer)
+"""Items with labels, and with log-probabilities under a reference."""

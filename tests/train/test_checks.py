@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Run
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner, fit
-from prefloop.train.losses import dpo
+from prefloop.train.losses import parse_loss
 from prefloop.train.objective import PairObjective
 from prefloop.train.reference import with_reference_logps
 
-DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
+DPO = PairObjective(parse_loss("dpo"))
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=3, batch_size=3, learning_rate=1e-3, warmup_steps=0, validation_pairs=0)
 WORDS = ["red", "green tea", "a long walk home", "no"]

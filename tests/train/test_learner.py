@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,12 @@ from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner, batch_of_step, fit, recompute_activations
 from prefloop.train.logprobs import Path as LogpsPath
 from prefloop.train.logprobs import response_logps, rows
-from prefloop.train.losses import dpo
+from prefloop.train.losses import parse_loss
 from prefloop.train.objective import PairObjective
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import logps_under, with_reference_logps
 
-DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
+DPO = PairObjective(parse_loss("dpo"))
 COMPUTE = Compute(device="cpu", dtype="float32")
 TRAIN = Train(steps=4, batch_size=3, learning_rate=1e-3, warmup_steps=2, validation_pairs=0, checkpoint_every=2,
               validate_every=2)  # fmt: skip
@@ -119,7 +118,7 @@ def test_gradient_is_that_of_the_mean_loss(policy: ModelRef, pairs: list[Pair]) 
     learner.step(pairs[:3], 0)
     found = gradients(learner)
     fresh = new_learner(policy, pairs)
-    h = PairObjective.pair_logps(pairs[:3], fresh._logps(pairs[:3], fresh.tokenise(pairs[:3]), fresh.path)).h
+    h = DPO.pair_logps(pairs[:3], fresh._logps(pairs[:3], fresh.tokenise(pairs[:3]), fresh.path)).h
     (-0.05 * h.mean()).backward()
     for name, weight in fresh.trained:
         assert weight.grad is not None

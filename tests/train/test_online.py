@@ -1,7 +1,5 @@
 """Sampling between the steps of training: always the current weights, and a reference that stays what it was."""
 
-from functools import partial
-
 import pytest
 import torch
 from tests.sample.engines import PROMPTS, ids_of, plain_logps, stopping_folder, stopping_llama
@@ -11,11 +9,11 @@ from prefloop.records import Group, Pair
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import dpo
+from prefloop.train.losses import parse_loss
 from prefloop.train.objective import PairObjective
 from prefloop.train.online import OnlineLearner, _base, copy_weights
 
-DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
+DPO = PairObjective(parse_loss("dpo"))
 SAMPLING = Sampling(max_new_tokens=20)
 TRAIN = Train(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, validation_pairs=0)
 KINDS = {"full": 0, "lora": 4}

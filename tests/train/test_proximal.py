@@ -1,7 +1,5 @@
 """Members, their mean, and the references of BPO: what each is, and what they reduce to (related methods, 2.6)."""
 
-from functools import partial
-
 import pytest
 import torch
 from tests.sample.engines import PROMPTS, ids_of, stopping_folder
@@ -12,7 +10,7 @@ from prefloop.records import Pair
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import LOSSES
+from prefloop.train.losses import parse_loss
 from prefloop.train.objective import PairObjective
 from prefloop.train.online import OnlineLearner, _base, copy_weights
 from prefloop.train.proximal import ProximalLearner
@@ -23,7 +21,7 @@ TRAIN = Train(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, validat
 
 def learner(rank: int = 0, *, loss: str = "dpo", beta: float = 0.1) -> Learner[Pair]:
     compute = Compute(device="cpu", dtype="float32", sampling_dtype="float32", sequences_per_batch=16)
-    objective = PairObjective(partial(LOSSES[loss].function, beta=beta), beta)
+    objective = PairObjective(parse_loss(loss, beta=beta))
     config = TRAIN.replace(lora=Lora(rank=rank, alpha=8).model_dump())
     return Learner(stopping_folder(), [], objective=objective, config=config, compute=compute, seed=0)
 

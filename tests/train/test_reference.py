@@ -1,7 +1,6 @@
 """Where reference log-probabilities come from: scorer, disk cache, adapter off, second model; same bytes from all."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,12 @@ from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Run
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import dpo
+from prefloop.train.losses import parse_loss
 from prefloop.train.objective import PairObjective
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import cache_key, with_reference_logps
 
-DPO = PairObjective(partial(dpo, beta=0.1), 0.1)
+DPO = PairObjective(parse_loss("dpo"))
 COMPUTE = Compute(device="cpu", dtype="float32", tokens_per_forward=200)
 TRAIN = Train(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=0, validation_pairs=1)
 KNOWN, CACHED, OFF, COMPUTED = (

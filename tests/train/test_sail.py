@@ -12,7 +12,7 @@ from torch import Tensor
 from prefloop.records import Pair, Prompt, Response
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import PairLogps, dpo
+from prefloop.train.losses import PairLogps, parse_loss
 from prefloop.train.objective import Objective, PairObjective
 from prefloop.train.sail import RoutedPair, SailObjective, sail, sign_change
 
@@ -186,7 +186,7 @@ def test_without_its_term_it_is_dpo_to_the_bit(route: str) -> None:
     ours = SailObjective(beta=0.1, coefficient=c, response_term="theory", batch_size=4)
     items = [RoutedPair.of(pair, route, u=0.0, baseline=-0.5) for pair in pairs()]
     found, weights = trained(ours, items)
-    expected, theirs = trained(PairObjective(partial(dpo, beta=0.1), 0.1), pairs())
+    expected, theirs = trained(PairObjective(parse_loss("dpo")), pairs())
     assert found["loss"] == expected["loss"]
     assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
 

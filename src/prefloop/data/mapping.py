@@ -2,11 +2,12 @@
 
     prompts    one of the columns in PROMPT_COLUMNS, as text or as a conversation, whose last answer is left out
     pairs      an explicit prompt with two answers, or two whole conversations that share all but the last answer
+    answers    an explicit prompt, a completion, and a label that says whether it is good
 
 Optional columns: `system`; `input` (Alpaca: goes below `instruction`); `id` or `prompt_id`; `category` or `subset`; for
-pairs `p`, `weight` and the two scores. What prefloop itself writes (prompts, groups, pairs) is read back too. A row
-that does not fit stops the load with file, row, what was seen and what was expected, or is left out and listed
-(`on_bad_row="skip"`).
+pairs `p`, `weight`, the two scores and `reference_sample`; for answers `weight`. What prefloop itself writes (prompts,
+groups, pairs) is read back too. A row that does not fit stops the load with file, row, what was seen and what was
+expected, or is left out and listed (`on_bad_row="skip"`).
 """
 
 import importlib.resources
@@ -22,15 +23,16 @@ from prefloop.config import first_problem
 from prefloop.data.files import Row, Rows, choose_split, read_rows
 from prefloop.data.turns import BadRow, check_prompt, form_of, read_response, read_turns, split_conversations
 from prefloop.errors import InputError, did_you_mean
-from prefloop.records import Message, Pair, Prompt, Response, content_id
+from prefloop.records import Answer, Message, Pair, Prompt, Response, content_id
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "messages", "conversation", "conversations")
 ID_COLUMNS = ("prompt_id", "id")
 CATEGORY_COLUMNS = ("category", "subset")
+ANSWER_COLUMNS = ("completion", "response")
 SCORES = {"chosen_score": ("chosen_score", "score_chosen"), "rejected_score": ("rejected_score", "score_rejected")}
 
 OnBadRow = Literal["error", "skip"]
-R = TypeVar("R", Prompt, Pair)
+R = TypeVar("R", Prompt, Pair, Answer)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,17 @@ def load_pairs(
     return replace(loaded, source=f"{source}:{split}" if split else str(source))
 
 
+def load_answers(
+    source: str | Path, *, split: str | None = None, on_bad_row: OnBadRow = "error", limit: int | None = None
+) -> Loaded[Answer]:
+    """Single answers that were called good or bad, from a file, folder or hub data set.
+
+    Raises InputError as `load_prompts` does.
+    """
+    loaded = answers_of_rows(load_rows(source, split, seed_file="pairs"), on_bad_row=on_bad_row, limit=limit)
+    return replace(loaded, source=f"{source}:{split}" if split else str(source))
+
+
 def load_rows(source: str | Path, split: str | None, *, seed_file: Literal["prompts", "pairs"]) -> Rows:
     """The rows of a source; `seed` is always the packaged data (`seed_file` of it); a file of that name is `./seed`."""
     name, _, seed_split = str(source).partition(":")
@@ -109,6 +122,15 @@ def load_rows(source: str | Path, split: str | None, *, seed_file: Literal["prom
 def are_pairs(rows: Rows) -> bool:
     """Whether rows are preference pairs: they have both answers."""
     return {"chosen", "rejected"} <= set(rows.columns)
+
+
+def are_answers(rows: Rows) -> bool:
+    """Whether rows are single answers with a label."""
+    return not are_pairs(rows) and "label" in rows.columns and _answer_column(rows.columns) is not None
+
+
+def _answer_column(columns: Iterable[str]) -> str | None:
+    return next((column for column in ANSWER_COLUMNS if column in columns), None)
 
 
 def prompts_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Prompt]:
@@ -149,6 +171,22 @@ def pairs_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | No
     prompts = _with_ids([pair.prompt for pair in pairs], found)
     pairs = [pair.model_copy(update={"prompt": prompt}) for pair, prompt in zip(pairs, prompts, strict=True)]
     return Loaded(pairs[:limit], found.mapping(), bad_rows, rows.source)
+
+
+def answers_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Answer]:
+    """`load_answers` on rows that are already read."""
+    columns = rows.columns
+    prompt, answer = _prompt_column(columns), _answer_column(columns)
+    if prompt is None or answer is None or "label" not in columns:
+        raise InputError(
+            f"{rows.source}: answers need a prompt, a column of {_quoted(ANSWER_COLUMNS)} and 'label'; columns: "
+            f"{_quoted(columns)}{_csv_hint(rows)}"
+        )
+    found = _Found(columns)
+    answers, bad_rows = _convert(rows, lambda row: _answer(row, prompt, answer, found), on_bad_row)
+    prompts = _with_ids([one.prompt for one in answers], found)
+    answers = [one.model_copy(update={"prompt": prompt}) for one, prompt in zip(answers, prompts, strict=True)]
+    return Loaded(answers[:limit], found.mapping(), bad_rows, rows.source)
 
 
 class _Found:
@@ -237,9 +275,36 @@ def _pair(row: Row, column: str | None, found: _Found) -> Pair:
     numbers = {name: _number(data, name, (name,), found) for name in ("p", "weight")}
     numbers |= {name: _number(data, name, columns, found) for name, columns in SCORES.items()}
     given = {name: value for name, value in numbers.items() if value is not None}
+    if side := _text(data, "reference_sample"):
+        found.add("reference_sample", "reference_sample")
+        given["reference_sample"] = side
     prompt = _identified(data, turns, found)
     responses = {"chosen": Response(text=chosen), "rejected": Response(text=rejected)}
     return _checked(Pair.model_validate({"prompt": prompt, **responses, **given}))
+
+
+GOOD = {True: 1.0, False: 0.0, "true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+"""What a label may be: true and false, 1 and 0, also as text."""
+
+
+def _answer(row: Row, column: str, answer: str, found: _Found) -> Answer:
+    """A row of a file of answers."""
+    data = row.data
+    turns = _prompt_turns(data, column, found)
+    check_prompt(turns)
+    if data.get(answer) is None:
+        raise BadRow(f"there is no {answer!r}; expected an answer")
+    response = read_response(data[answer], answer, turns)
+    label = data.get("label")
+    known = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(known, bool | int | str) or known not in GOOD:
+        raise BadRow(f"label = {label!r}: expected true or false")
+    found.add("response", answer, form_of(data[answer]) or "")
+    found.add("p", "label", "good or bad")
+    weight = _number(data, "weight", ("weight",), found)
+    given = {} if weight is None else {"weight": weight}
+    prompt = _identified(data, turns, found)
+    return Answer.model_validate({"prompt": prompt, "response": Response(text=response), "p": GOOD[known], **given})
 
 
 def _checked(pair: Pair) -> Pair:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from math import floor
 
 from prefloop.errors import InputError
-from prefloop.records import Pair
+from prefloop.records import Judged, Pair
 from prefloop.run import Stage
 from prefloop.seeds import generator
 
@@ -69,7 +69,7 @@ def mix(
     return _shuffled([*drawn, *replayed], seed, "order")
 
 
-def hold_out(pairs: Sequence[Pair], n: int, *, seed: int) -> tuple[list[Pair], list[Pair]]:
+def hold_out(pairs: Sequence[Judged], n: int, *, seed: int) -> tuple[list[Judged], list[Judged]]:
     """(train, validation): a seeded slice of `n` pairs for validation, no prompt on both sides, order kept.
 
     Prompts are taken whole as long as they fit, so a set with several pairs per prompt can end just below `n`.

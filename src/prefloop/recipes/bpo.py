@@ -18,8 +18,8 @@ constant, because every step begins at h = 0 (n = 1): look at win rates and drif
 mean of behaviour models, and another model's name the paper's ablation with a better, but farther, reference.
 
 Departures (docs/methods/bpo.md says more): members differ by the random A of their adapters and not by a supervised
-round each; the mean is of weight changes, where the released code averages the factors; IPO sums over tokens; ties and
-identical answers make no pair.
+round each; the mean is of weight changes, where the released code averages the factors; ties and identical answers
+make no pair.
 """
 
 from collections.abc import Sequence
@@ -90,8 +90,11 @@ class BpoConfig(Config):
         default=5e-3, ge=0, le=1, description="how far each phase moves the ema reference to the behaviour model (code)"
     )
     members: int = Field(default=5, ge=1, description="n adapters that are trained side by side; 1 without an adapter")
-    loss: Literal["dpo", "ipo", "slic"] = Field(default="dpo", description="on summed log-probabilities")
-    beta: float = Field(default=0.1, gt=0, description="of the loss (paper: 0.1 for all three)")
+    loss: Literal["dpo", "ipo", "ipo_mean", "slic"] = Field(
+        default="dpo",
+        description="on summed log-probabilities, or (ipo_mean, the released code's) on means over tokens",
+    )
+    beta: float = Field(default=0.1, gt=0, description="of the loss (paper: 0.1 for dpo, ipo_mean and slic)")
     on_unfinished: Unfinished = Field(
         default="keep",
         description="an answer cut at the limit: keep it, drop its pair, or penalise it (it loses to a finished one)",
@@ -134,8 +137,8 @@ def demo() -> BpoConfig:
         sampling=Sampling(max_new_tokens=48),
         look_at=LookAt(answers=12, shown=4),
         train=Train(
-            steps=12, batch_size=8, learning_rate=2e-4, warmup_steps=0, schedule="linear", validation_pairs=0,
-            checkpoint_every=6, lora=Lora(rank=8, alpha=16),
+            steps=12, batch_size=4, learning_rate=2e-4, warmup_steps=0, schedule="linear", validation_pairs=0,
+            checkpoint_every=3, lora=Lora(rank=8, alpha=16),
         ),
     )  # fmt: skip
 
@@ -187,13 +190,12 @@ def align(
 ) -> Path:
     """The T steps. `before`: answers of the start model to the held-out prompts."""
     from prefloop.train.learner import Learner, batch_of_step
-    from prefloop.train.losses import LOSSES
+    from prefloop.train.losses import parse_loss
     from prefloop.train.objective import PairObjective
     from prefloop.train.proximal import ProximalLearner
 
-    loss = LOSSES[cfg.loss].function
-    learner = Learner(start, [], objective=PairObjective(partial(loss, beta=cfg.beta), cfg.beta), config=cfg.train,
-                      compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
+    objective = PairObjective(parse_loss(cfg.loss, beta=cfg.beta))
+    learner = Learner(start, [], objective=objective, config=cfg.train, compute=cfg.compute, seed=cfg.seed, stage=stage)
     online = ProximalLearner(learner, members=cfg.members, reference=reference or cfg.reference, ema=cfg.ema,
                              seed=cfg.seed)  # fmt: skip
     k = phase_length(cfg)

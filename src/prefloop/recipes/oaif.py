@@ -11,7 +11,7 @@ Start: an instruction-tuned model pi(0), prompts, an annotator. Step t = 1..T:
    IPO  (h - 1 / (2 beta))^2          beta 1.0
    SLiC max(0, 1 - beta h)            beta 0.002
 
-   all on log-probabilities summed over tokens. pi(0) stays the reference to the end.
+   all on log-probabilities summed over tokens. pi(0) stays the reference to the end. Others: docs/losses.md.
 
 Every N steps the model is looked at: win rate against pi(0) and against itself N steps before, on held-out prompts, by
 an annotator that does not train it.
@@ -26,11 +26,10 @@ answers of pi(0).
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.config import Config, free
 from prefloop.feedback.options import AnnotatorName, Feedback
@@ -54,7 +53,7 @@ from prefloop.recipes.steps import LookAt
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
-from prefloop.train.config import Compute, Train
+from prefloop.train.config import Compute, LossName, Train, beta_of, check_loss
 
 if TYPE_CHECKING:
     from prefloop.records import Group, Prompt
@@ -77,9 +76,7 @@ class OaifConfig(Config):
         default_factory=lambda: Feedback(instruction="helpfulness-scoring"),
         description="the evaluator's own options, with a budget of its own",
     )
-    loss: Literal["dpo", "ipo", "slic"] = Field(
-        default="dpo", description="on summed log-probabilities (paper: all three)"
-    )
+    loss: LossName = "dpo"
     beta: float | None = Field(
         default=None, gt=0, description="of the loss; none: 0.1 for dpo, 1.0 for ipo, 0.002 for slic (paper)"
     )
@@ -106,6 +103,11 @@ class OaifConfig(Config):
     server: Server = Field(default_factory=Server)
     compute: Compute = Field(default_factory=Compute)
 
+    @model_validator(mode="after")
+    def _known_loss(self) -> Self:
+        check_loss(self.loss, self.beta, online=True)
+        return self
+
 
 def paper() -> OaifConfig:
     """The paper's setting: needs GPUs. Give --policy, --prompts and --annotator."""
@@ -129,7 +131,7 @@ def demo() -> OaifConfig:
 
 def oaif(cfg: OaifConfig, run: "Run") -> ModelRef:
     """Run OAIF; returns the final model, RUN/model."""
-    return run_online(cfg, run, align, *load_both(cfg, run), beta=beta_of(cfg))
+    return run_online(cfg, run, align, *load_both(cfg, run), beta=beta_of(cfg.loss, cfg.beta))
 
 
 def align(
@@ -143,13 +145,12 @@ def align(
 ) -> Path:
     """The T steps. `before`: answers of the start model to the held-out prompts."""
     from prefloop.train.learner import Learner, batch_of_step
-    from prefloop.train.losses import LOSSES
+    from prefloop.train.losses import parse_loss
     from prefloop.train.objective import PairObjective
     from prefloop.train.online import OnlineLearner
 
-    loss, beta = LOSSES[cfg.loss].function, beta_of(cfg)
-    learner = Learner(start, [], objective=PairObjective(partial(loss, beta=beta), beta), config=cfg.train,
-                      compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
+    objective = PairObjective(parse_loss(cfg.loss, beta=cfg.beta))
+    learner = Learner(start, [], objective=objective, config=cfg.train, compute=cfg.compute, seed=cfg.seed, stage=stage)
     online = OnlineLearner(learner, behaviour="start" if cfg.offline else "current")
     with OnlineLoop(online, before, judges, cfg, ask=preferences, look=evaluate, description=f"{cfg.loss} online",
                     stage=stage) as loop:  # fmt: skip
@@ -167,13 +168,6 @@ def align(
 def seed_of_step(cfg: OaifConfig, step: int) -> int:
     """Of the answers of a step. Offline a prompt has one pair of answers, however often it comes round."""
     return derive_seed(cfg.seed, "offline") if cfg.offline else derive_seed(cfg.seed, "step", step)
-
-
-def beta_of(cfg: OaifConfig) -> float:
-    """The beta given, or that of the loss."""
-    from prefloop.train.losses import LOSSES
-
-    return LOSSES[cfg.loss].beta if cfg.beta is None else cfg.beta
 
 
 def estimate_feedback(cfg: OaifConfig) -> list[str]:

@@ -150,7 +150,7 @@ def demo() -> SailConfig:
         evaluate_every=8,
         sampling=Sampling(temperature=0.9, max_new_tokens=48),
         look_at=LookAt(answers=12, shown=4),
-        train=Train(steps=11, batch_size=8, learning_rate=5e-6, warmup_steps=2, validation_pairs=0, checkpoint_every=8),
+        train=Train(steps=11, batch_size=4, learning_rate=5e-6, warmup_steps=2, validation_pairs=0, checkpoint_every=4),
     )
 
 

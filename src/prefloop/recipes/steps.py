@@ -10,12 +10,12 @@ from rich.console import Console
 from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
-from prefloop.data.mapping import Loaded, OnBadRow, load_pairs, load_prompts
+from prefloop.data.mapping import Loaded, OnBadRow, are_answers, load_answers, load_pairs, load_prompts, load_rows
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import checkup
 from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.records import Group, Pair, Prompt, Response
+from prefloop.records import Answer, Group, Judged, Pair, Prompt, Response
 from prefloop.report.card import model_card
 from prefloop.report.markdown import write_report
 from prefloop.report.page import REPORT, write_page
@@ -54,33 +54,37 @@ def check_same_tokenizer(policy: ModelRef, reference: ModelRef) -> None:
         )
 
 
-def tokenise(pairs: Sequence[Pair], model: ModelRef, *, stage: Stage | None = None) -> list[Pair]:
-    """The pairs with the model's token ids: prompt and response tokenised apart, one end token.
+def tokenise(items: Sequence[Judged], model: ModelRef, *, stage: Stage | None = None) -> list[Judged]:
+    """The pairs or answers with the model's token ids: prompt and response tokenised apart, one end token.
 
-    A pair that does not fit the model's context is dropped and counted; a prompt that leaves no room is an InputError.
-    Raises CheckFailed where special tokens are not where they belong (`check_pairs`).
+    One that does not fit the model's context is dropped and counted; a prompt that leaves no room is an InputError.
+    Raises CheckFailed where special tokens are not where they belong (`check_pairs`, `check_tokens`).
     """
-    from prefloop.train.checks import check_pairs
+    from prefloop.train.checks import check_pairs, check_tokens
     from prefloop.train.packing import TokenGroup
 
     stage = stage or Stage.detached()
     chat = ChatFormat(load_tokenizer(model))
     stage.note(f"tokens: {chat.description}")
     context = context_of(model)
-    kept: list[Pair] = []
+    kept: list[Judged] = []
     groups: list[TokenGroup] = []
-    for pair in pairs:
-        prompt_ids = chat.prompt_ids(pair.prompt)
-        check_prompt_length(prompt_ids, 1, context, pair.prompt)
-        chosen, rejected = own_ids(chat, pair.chosen), own_ids(chat, pair.rejected)
-        if context and len(prompt_ids) + max(chosen.length_tokens, rejected.length_tokens) > context:
-            stage.count(f"pairs dropped: longer than the context of {context} tokens")
+    kind = "answers" if items and isinstance(items[0], Answer) else "pairs"
+    for item in items:
+        prompt_ids = chat.prompt_ids(item.prompt)
+        check_prompt_length(prompt_ids, 1, context, item.prompt)
+        responses = [own_ids(chat, response) for response in item.responses]
+        if context and len(prompt_ids) + max(response.length_tokens for response in responses) > context:
+            stage.count(f"{kind} dropped: longer than the context of {context} tokens")
             continue
-        kept.append(pair.model_copy(update={"chosen": chosen, "rejected": rejected}))
-        groups.append(TokenGroup(tuple(prompt_ids), (chosen.token_ids or (), rejected.token_ids or ())))
-    # Training checks its pairs too, but in DICE that is hours later.
-    check_pairs(kept, groups, chat)
-    stage.count("pairs kept", len(kept))
+        kept.append(item.with_responses(*responses))
+        groups.append(TokenGroup(tuple(prompt_ids), tuple(response.token_ids or () for response in responses)))
+    # Training checks its items too, but in DICE that is hours later.
+    if kind == "pairs":
+        check_pairs([item for item in kept if isinstance(item, Pair)], groups, chat)
+    else:
+        check_tokens(kept, groups, chat, names=("response",))
+    stage.count(f"{kind} kept", len(kept))
     return kept
 
 
@@ -157,6 +161,21 @@ def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair
     else:
         offline, held_out = hold_out(offline, min(256, len(offline) // 10), seed=derive_seed(cfg.seed, "held out"))
     return offline, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
+
+
+def has_answers(source: str) -> bool:
+    """Whether the rows of a user's source are single answers with labels."""
+    return bool(source) and are_answers(load_rows(source, None, seed_file="pairs"))
+
+
+def answers_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Answer], list[Pair]]:
+    """The answers of `cfg.pairs` with the model's token ids, and the pairs of `cfg.held_out`, if any."""
+    from prefloop.train.reference import with_reference_logps
+
+    answers = run.stage("data/answers", tokenise, _said(load_answers(cfg.pairs, on_bad_row=cfg.on_bad_row), run), model)
+    apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
+    held_out = run.stage("data/held_out", tokenise, apart, model)
+    return answers, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
 
 
 def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt]:

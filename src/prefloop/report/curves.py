@@ -174,7 +174,8 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
     def watched(name: str) -> list[Series]:
         found = []
         for label, colour, offset, rounds in curves:
-            rows = [(x, row["validation"][name]) for x, row in _rows(offset, rounds) if "validation" in row]
+            looks = [(x, row["validation"]) for x, row in _rows(offset, rounds) if "validation" in row]
+            rows = [(x, look[name]) for x, look in looks if name in look]
             if rows:
                 found.append(Series(f"{label} validation", rows, colour=colour, line="none", dots=True, legend=False))
         return found

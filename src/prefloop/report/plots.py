@@ -1,6 +1,7 @@
 """The plots of a report, as PNG files. Same run, same bytes."""
 
 from itertools import cycle
+from math import nan
 from pathlib import Path
 
 from prefloop.report.story import Story
@@ -43,11 +44,12 @@ def plot_training(story: Story, file: Path) -> bool:
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]
         for axis, name in ((axes[0], "loss"), (axes[1], "margin")):
-            axis.plot(x, [row[name] for row in steps], color=colour, label=round.label)
-            axis.plot([offset + row["step"] for row in looks], [row["validation"][name] for row in looks], "s",
+            axis.plot(x, [row.get(name, nan) for row in steps], color=colour, label=round.label)
+            axis.plot([offset + row["step"] for row in looks], [row["validation"].get(name, nan) for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
-        axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
-        axes[2].plot(x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected")
+        for side, line in (("chosen", "-"), ("rejected", "--")):
+            change = [row.get(f"{side}_change", nan) for row in steps]  # no reference, no change from it
+            axes[2].plot(x, change, line, color=colour, label=f"{round.label} {side}")
         offset += max(row["step"] for row in steps)
     axes[0].set(title="Loss (squares: validation pairs)", xlabel="step", ylabel="nats")
     axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")

@@ -1,10 +1,43 @@
 """Options of scoring and training. Imports no torch, so that the command line can show them at once."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from prefloop.config import Config
+from prefloop.errors import InputError
+
+LossName = Annotated[
+    str,
+    Field(
+        description="of docs/losses.md: a name, with hyper-parameters (simpo:gamma=1.6) or without, or a sum "
+        "(dpo+0.2*nll_mean). dpo cdpo robust_dpo spce wdpo ipo ipo_mean slic length_dpo ld_dpo ln_dpo dpop wpo exo "
+        "sppo_hard sppo_soft apo_zero apo_down nca bco_pair discopop f_dpo aot aot_unpaired; without a reference simpo "
+        "orpo cpo slic_hf; of single answers kto; to add nll_mean nll_sum xpo_bonus; short: hinge irpo rpo xpo mpo_mix"
+    ),
+]
+"""What `prefloop.train.losses.parse_loss` reads."""
+
+
+def check_loss(loss: str, beta: float | None, *, online: bool = False) -> None:
+    """Raises InputError, which is a ValueError, where `parse_loss` would. DPO, the default, is known without torch.
+
+    `online`: also for losses that need more than a step has in which both answers were just sampled and compared.
+    """
+    if loss != "dpo":
+        from prefloop.train.losses import parse_loss
+
+        chosen = parse_loss(loss, beta=beta)
+        missing = "single answers" if chosen.unpaired else ", ".join(sorted(chosen.needs - {"reference", "collision"}))
+        if online and missing:
+            raise InputError(f"loss = {loss!r}: needs {missing}, which online feedback does not give")
+
+
+def beta_of(loss: str, beta: float | None) -> float:
+    """The scale of a loss's margin: the beta given, or that of the loss, or 1 where it has none."""
+    from prefloop.train.losses import parse_loss
+
+    return parse_loss(loss, beta=beta).beta or 1.0
 
 
 class Compute(Config):

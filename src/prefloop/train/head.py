@@ -27,10 +27,10 @@ TOKENS = 1024
 
 
 def token_logps(
-    model: "PreTrainedModel", hidden: Tensor, targets: Tensor, *, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """log p(target) [T] of the model's output head on hidden [T, D], float32, differentiable; and, when asked, the
-    entropy [T] in nats of the whole distribution (not differentiable).
+    model: "PreTrainedModel", hidden: Tensor, targets: Tensor, *, entropy: bool = False, collision: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log p(target) [T] of the model's output head on hidden [T, D], float32, differentiable; and, when asked, of the
+    whole distribution the entropy [T] in nats and log sum_v p(v)^2 [T] (not differentiable).
 
     Matrix products run in autocast's dtype where that is on, else in the weights'; everything else is float32.
     Raises InputError for a head that is not a plain linear layer (an adapter on it, for example).
@@ -48,10 +48,10 @@ def token_logps(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     with torch.autocast(kind, enabled=False):
-        logps, entropies = _HeadLogps.apply(
-            hidden.to(dtype), head.weight, head.bias, targets, float(scale), softcap, entropy
+        logps, entropies, collisions = _HeadLogps.apply(
+            hidden.to(dtype), head.weight, head.bias, targets, float(scale), softcap, entropy, collision
         )
-    return logps, entropies if entropy else None
+    return logps, entropies if entropy else None, collisions if collision else None
 
 
 def _tiles(tokens: int, vocabulary: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -74,7 +74,7 @@ def _float32_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """hidden [T, D], weight [V, D], bias [V] or None, targets [T] -> log-probabilities [T], entropies [T]."""
+    """hidden [T, D], weight [V, D], bias [V] or None, targets [T] -> log-probabilities, entropies, collisions, [T]."""
 
     @staticmethod
     def forward(
@@ -86,10 +86,12 @@ class _HeadLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
+        collision: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.scale, ctx.softcap = scale, softcap
         log_total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         mean_logit, target_logits = torch.zeros_like(log_total), torch.zeros_like(log_total)
+        log_squares = torch.full_like(log_total, -torch.inf)
         for rows, columns in _tiles(len(hidden), len(weight), hidden.device):
             logits = _logits(hidden[rows], weight[columns], None if bias is None else bias[columns], scale, softcap)
             tile_total = logits.logsumexp(1)
@@ -97,14 +99,16 @@ class _HeadLogps(torch.autograd.Function):
             if entropy:
                 tile_mean = (logits.sub(tile_total[:, None]).exp_() * logits).sum(1)
                 mean_logit[rows] = mean_logit[rows] * (before - after).exp() + tile_mean * (tile_total - after).exp()
+            if collision:
+                log_squares[rows] = torch.logaddexp(log_squares[rows], (2.0 * logits).logsumexp(1))
             log_total[rows] = after
             # From the same tile, so that its rounding is also the total's: log p of a sure token stays at most 0.
             place, inside = _places(targets[rows], columns, len(weight))
             target_logits[rows] += (logits.gather(1, place) * inside)[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets, log_total)
-        entropies = log_total - mean_logit
-        ctx.mark_non_differentiable(entropies)
-        return target_logits - log_total, entropies
+        entropies, collisions = log_total - mean_logit, log_squares - 2.0 * log_total
+        ctx.mark_non_differentiable(entropies, collisions)
+        return target_logits - log_total, entropies, collisions
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,7 +139,7 @@ class _HeadLogps(torch.autograd.Function):
                     grad_weight[columns] = product
             if grad_bias is not None:
                 grad_bias[columns] += share.sum(0)
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
 def _places(targets: Tensor, columns: slice, vocabulary: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -25,7 +25,7 @@ from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed, InputError
 from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer, require_peft, write_model
-from prefloop.records import Item, Pair, Prompt, Response
+from prefloop.records import Item, Judged, Prompt, Response
 from prefloop.run import Stage
 from prefloop.seeds import derive_seed, generator
 from prefloop.train.attention import shared_prefix
@@ -102,22 +102,22 @@ class Learner(Generic[I]):
         """
         return "padded" if self.path == "padded" or config_obstacle(self.model, groups) else "shared"
 
-    def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Pairs with the log-probabilities of `policy`, which is this model with its adapter switched off."""
+    def with_reference_logps(self, items: Sequence[Judged], *, prefixes: bool = False) -> list[Judged]:
+        """Items with the log-probabilities of `policy`, which is this model with its adapter switched off."""
 
-        def adapter_off(groups: Sequence[TokenGroup]) -> Pass:
+        def adapter_off(groups: Sequence[TokenGroup], part: str) -> Pass:
             with self.model.disable_adapter():
-                return model_pass(
-                    groups, self.model, self.policy.name, compute=self.compute, part="reference", stage=self.stage
-                )
+                return model_pass(groups, self.model, self.policy.name, compute=self.compute, part=part,
+                                  stage=self.stage)  # fmt: skip
 
         return fill_in(
-            pairs,
+            items,
             self.policy,
             adapter_off,
             source="computed with the adapter off",
             why="the reference is the model that the adapter is trained on, and it is in memory",
             compute=self.compute,
+            prefixes=prefixes,
             stage=self.stage,
         )
 
@@ -182,18 +182,21 @@ class Learner(Generic[I]):
         batch again, one row at a time.
         """
         pieces: list[list[Tensor]] = [[] for _ in items]
+        collisions: list[list[Tensor]] = [[] for _ in items]
         for row in cut:
             part = [items[i] for i in row], [groups[i] for i in row], path
             logps: Any = checkpoint(self._logps, *part, use_reentrant=False, preserve_rng_state=False)
-            each = iter(logps.tokens.split(logps.counts.tolist()))
-            for i in row:
-                pieces[i] = list(islice(each, len(groups[i].responses)))
-        flat = [piece for own in pieces for piece in own]
+            for kept, values in ((pieces, logps.tokens), (collisions, logps.collision)):
+                each = iter(() if values is None else values.split(logps.counts.tolist()))
+                for i in row:
+                    kept[i] = list(islice(each, len(groups[i].responses)))
+        flat, known = list(chain(*pieces)), list(chain(*collisions))
         counts = torch.tensor([len(piece) for piece in flat], device=flat[0].device)
-        return ResponseLogps.of(torch.cat(flat), counts)
+        return ResponseLogps.of(torch.cat(flat), counts, collision=torch.cat(known) if known else None)
 
     def _logps(self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath) -> ResponseLogps:
-        logps = response_logps(self.model, groups, path=path, dtype=self.dtype)
+        collision = self.objective.collision
+        logps = response_logps(self.model, groups, path=path, dtype=self.dtype, collision=collision)
         sums = iter(logps.sums.tolist())
         own = [list(islice(sums, len(group.responses))) for group in groups]
         check_finite(own, [item.prompt.id for item in items], "the model in training")
@@ -308,8 +311,8 @@ def fit(
 ) -> Path:
     """Train `policy` on items of the objective's kind; returns the folder of the trained model.
 
-    `adapter_off`: the items are pairs, their reference is `policy` itself and an adapter is trained; pairs that do not
-    carry its log-probabilities yet get them here, with the adapter switched off.
+    `adapter_off`: the items have a reference, it is `policy` itself and an adapter is trained; items that do not carry
+    its log-probabilities yet get them here, with the adapter switched off.
     `training_log.jsonl` in it has a line a step (means over the batch) and a line a look at the validation items.
     Raises CheckFailed when there is nothing to train on, or a self-check fails.
     """
@@ -321,7 +324,7 @@ def fit(
     learner = Learner(policy, data, objective=objective, config=config, compute=compute, seed=seed, stage=stage)
     stage.event("path", model=policy.name, path=learner.path, why=learner.why)
     if adapter_off:
-        data = learner.with_reference_logps(data)
+        data = learner.with_reference_logps(data, prefixes=objective.prefixes)
     start, log = load_checkpoint(stage.scratch, model=learner.model, optimizer=learner.optimizer)
     if start:
         stage.note(f"continuing from the checkpoint after step {start}")

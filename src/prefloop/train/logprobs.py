@@ -33,20 +33,37 @@ class ResponseLogps(NamedTuple):
     """Log-probabilities of R responses, end to end, in nats and float32.
 
     sums [R]: per response. counts [R]: predicted tokens of each. tokens [T]: per token. entropy [T]: of the whole
-    next-token distribution at each of them, when asked for; it carries no gradient.
+    next-token distribution at each of them, and collision [T], log sum_v pi(v)^2 of it: when asked for, and without
+    gradient.
     """
 
     sums: Float[Tensor, " R"]
     counts: Int[Tensor, " R"]
     tokens: Float[Tensor, " T"]
-    entropy: Float[Tensor, " T"] | None
+    entropy: Float[Tensor, " T"] | None = None
+    collision: Float[Tensor, " T"] | None = None
 
     @classmethod
-    def of(cls, tokens: Tensor, counts: Tensor, *, entropy: Tensor | None = None) -> "ResponseLogps":
+    def of(
+        cls, tokens: Tensor, counts: Tensor, entropy: Tensor | None = None, collision: Tensor | None = None
+    ) -> "ResponseLogps":
         """From the log-probabilities [T] of all tokens and the number [R] of each response's."""
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        sums = torch.zeros(len(counts), device=counts.device).index_add(0, owner, tokens)
-        return cls(sums, counts, tokens, entropy)
+        return cls(_sums(tokens, counts), counts, tokens, entropy, collision)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sums [R] over each response of values [T] of its tokens."""
+        return _sums(values, self.counts)
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] the place of every token in its response, from 0."""
+        starts = self.counts.cumsum(0) - self.counts
+        return torch.arange(len(self.tokens), device=self.counts.device) - starts.repeat_interleave(self.counts)
+
+
+def _sums(values: Tensor, counts: Tensor) -> Tensor:
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return torch.zeros(len(counts), device=counts.device).index_add(0, owner, values)
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -61,6 +78,7 @@ def response_logps(
     path: Path = "shared",
     dtype: str = "float32",
     entropy: bool = False,
+    collision: bool = False,
 ) -> ResponseLogps:
     """Log-probabilities of every response, group by group; differentiable.
 
@@ -70,8 +88,8 @@ def response_logps(
     forward = _shared_hidden if path == "shared" else _padded_hidden
     with autocast(model.device, dtype):
         hidden, targets, counts = forward(model, groups)
-        tokens, entropies = token_logps(model, hidden, targets, entropy=entropy)
-    return ResponseLogps.of(tokens, counts, entropy=entropies)
+        tokens, entropies, collisions = token_logps(model, hidden, targets, entropy=entropy, collision=collision)
+    return ResponseLogps.of(tokens, counts, entropies, collisions)
 
 
 def rows(groups: Sequence[TokenGroup], token_budget: int, *, path: Path = "shared") -> list[list[int]]:

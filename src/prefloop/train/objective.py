@@ -4,6 +4,7 @@ An item is a record with a prompt and one or several responses to it (`prefloop.
 token ids, computes the log-probabilities of their responses and asks the objective for losses:
 
     PairObjective         pairs, a loss of `prefloop.train.losses`
+    AnswerObjective       answers called good or bad, KTO
     SupervisedObjective   demonstrations, -weight log pi(y|x)
 
 The optimiser step is on sum(losses) / size over the whole batch, however memory cuts it.
@@ -12,23 +13,22 @@ Legend: B items, in the order of the batch. Metrics are [B] too, without gradien
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
-from prefloop.fingerprints import fingerprint
-from prefloop.records import Demonstration, Item, Pair
+from prefloop.errors import InputError
+from prefloop.records import Answer, Demonstration, Item, Pair
 from prefloop.train.checks import check_pairs, check_tokens, check_zero_margin
 from prefloop.train.logprobs import ResponseLogps
-from prefloop.train.losses import PairLogps, pair_metrics
+from prefloop.train.losses import AnswerLogps, ChosenLoss, PairLogps, pair_metrics
 from prefloop.train.packing import TokenGroup
 
 I = TypeVar("I", bound=Item)  # noqa: E741
-Loss = Callable[..., Tensor]
 
 
 class Objective(ABC, Generic[I]):
@@ -47,6 +47,21 @@ class Objective(ABC, Generic[I]):
         """Whether the loss of an item depends on the batch's other items. Then a batch that memory cuts takes two
         forward passes.
         """
+        return False
+
+    @property
+    def collision(self) -> bool:
+        """Whether `losses` needs log sum_v pi(v)^2 of every token (`ResponseLogps.collision`)."""
+        return False
+
+    @property
+    def referenced(self) -> bool:
+        """Whether items need `reference_logps`."""
+        return False
+
+    @property
+    def prefixes(self) -> bool:
+        """Whether pairs need `reference_prefix_logps`."""
         return False
 
     @abstractmethod
@@ -70,36 +85,139 @@ class Objective(ABC, Generic[I]):
 
 @dataclass(frozen=True)
 class PairObjective(Objective[Pair]):
-    """A pairwise loss on pairs with reference log-probabilities; `beta` scales the margin that is logged."""
+    """A pairwise loss (`parse_loss`) on pairs that carry what it needs; the learner computes nothing else."""
 
-    loss: Loss
-    beta: float
+    loss: ChosenLoss
 
     kind: ClassVar = "pairs"
 
     @property
     def identity(self) -> str:
-        return f"{fingerprint(self.loss)} {self.beta!r}"
+        return str(self.loss)
+
+    @property
+    def coupled(self) -> bool:
+        return self.loss.coupled
+
+    @property
+    def collision(self) -> bool:
+        return "collision" in self.loss.needs
+
+    @property
+    def referenced(self) -> bool:
+        return "reference" in self.loss.needs
+
+    @property
+    def prefixes(self) -> bool:
+        return "tail" in self.loss.needs
 
     def check(self, items: Sequence[Pair], groups: Sequence[TokenGroup], chat: ChatFormat) -> None:
         check_pairs(items, groups, chat)
+        check_labels(items, self.loss)
 
     def losses(self, items: Sequence[Pair], logps: ResponseLogps) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.pair_logps(items, logps)
-        device = logps.sums.device
-        p = torch.tensor([pair.p for pair in items], device=device)
-        weight = torch.tensor([pair.weight for pair in items], device=device)
-        return self.loss(found, p=p, weight=weight), pair_metrics(found, beta=self.beta)._asdict()
+        p, weight = labels(items, logps.sums.device)
+        metrics = pair_metrics(found, beta=self.loss.beta or 1.0, per_token=self.loss.per_token)
+        return self.loss(found, p=p, weight=weight), metrics
 
     def before_first_update(self, items: Sequence[Pair], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
-        check_zero_margin(self.pair_logps(items, logps), items, policy=policy, dtype=dtype)
+        if self.referenced:
+            check_zero_margin(self.pair_logps(items, logps), items, policy=policy, dtype=dtype)
+
+    def pair_logps(self, items: Sequence[Pair], logps: ResponseLogps) -> PairLogps:
+        """The log-probabilities as the loss takes them, and what else it needs."""
+        needs, device = self.loss.needs, logps.sums.device
+        found = PairLogps(logps.sums[0::2], logps.sums[1::2], chosen_tokens=logps.counts[0::2],
+                          rejected_tokens=logps.counts[1::2])  # fmt: skip
+        if "reference" in needs:
+            reference = _columns([pair.reference_logps for pair in items], device)
+            found = found._replace(reference_chosen=reference[:, 0], reference_rejected=reference[:, 1])
+            if "tail" in needs:
+                tails = reference - _columns([pair.reference_prefix_logps for pair in items], device)
+                shorter = logps.counts.reshape(-1, 2).amin(1).repeat_interleave(2)
+                beyond = logps.positions >= shorter.repeat_interleave(logps.counts)
+                own = logps.summed(torch.where(beyond, logps.tokens, 0.0))
+                found = found._replace(tail=PairLogps(own[0::2], own[1::2], tails[:, 0], tails[:, 1]))
+        if logps.collision is not None:
+            collision = logps.summed(logps.collision)
+            found = found._replace(chosen_collision=collision[0::2], rejected_collision=collision[1::2])
+        if "gap" in needs:
+            scores = _columns([(pair.chosen_score, pair.rejected_score) for pair in items], device)
+            found = found._replace(gap=scores[:, 0] - scores[:, 1])
+        if "reference_sample" in needs:
+            sides = [pair.reference_sample == "chosen" for pair in items]
+            found = found._replace(chosen_is_reference_sample=torch.tensor(sides, device=device))
+        return found
+
+
+def labels(items: Sequence[Pair] | Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`p` and `weight` of all items, [B]."""
+    p = torch.tensor([item.p for item in items], device=device)
+    return p, torch.tensor([item.weight for item in items], device=device)
+
+
+def _columns(rows: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def check_labels(pairs: Sequence[Pair], loss: ChosenLoss) -> None:
+    """Raises InputError for the first pair that has a label which the loss does not take, or lacks one it needs."""
+    for pair in pairs:
+        where = f"the pair of prompt {pair.prompt.id!r}"
+        if loss.no_p and pair.p != 1.0:
+            raise InputError(f"{where} has p = {pair.p}, and the loss takes no soft labels: {loss.no_p}")
+        if loss.no_weight and pair.weight != 1.0:
+            raise InputError(f"{where} has weight = {pair.weight}, and the loss takes no weights: {loss.no_weight}")
+        if "gap" in loss.needs and (pair.chosen_score is None or pair.rejected_score is None):
+            raise InputError(
+                f"{where} has no scores, which the loss {loss} needs; give chosen_score and rejected_score"
+            )
+        if "reference_sample" in loss.needs and pair.reference_sample is None:
+            raise InputError(f"{where} has no reference_sample (chosen or rejected), which the loss {loss} needs")
+
+
+@dataclass(frozen=True)
+class AnswerObjective(Objective[Answer]):
+    """A loss of single answers (KTO), each with a mismatched one beside it (`prefloop.pairs.answers`)."""
+
+    loss: ChosenLoss
+
+    kind: ClassVar = "answers"
+
+    @property
+    def identity(self) -> str:
+        return str(self.loss)
+
+    @property
+    def coupled(self) -> bool:
+        return self.loss.coupled
+
+    @property
+    def referenced(self) -> bool:
+        return True
+
+    def check(self, items: Sequence[Answer], groups: Sequence[TokenGroup], chat: ChatFormat) -> None:
+        check_tokens(items, groups, chat, names=("response", "mismatched response"))
+
+    def losses(self, items: Sequence[Answer], logps: ResponseLogps) -> tuple[Tensor, dict[str, Tensor]]:
+        found = self.answer_logps(items, logps)
+        p, weight = labels(items, logps.sums.device)
+        good, change = p > 0.5, found.ratio.detach()
+        metrics = {
+            "kl": found.kl.expand(len(items)),
+            "correct": ((change > found.kl) == good).float(),
+            "good": good.float(),
+            "good_change": torch.where(good, change, 0.0),
+            "bad_change": torch.where(good, 0.0, change),
+        }
+        return self.loss(found, p=p, weight=weight), metrics
 
     @staticmethod
-    def pair_logps(items: Sequence[Pair], logps: ResponseLogps) -> PairLogps:
-        """The log-probabilities as losses take them."""
-        known = [pair.reference_logps for pair in items]
-        reference = torch.tensor(known, dtype=torch.float32, device=logps.sums.device)
-        return PairLogps(logps.sums[0::2], logps.sums[1::2], reference[:, 0], reference[:, 1])
+    def answer_logps(items: Sequence[Answer], logps: ResponseLogps) -> AnswerLogps:
+        """The log-probabilities as the loss takes them."""
+        reference = _columns([item.reference_logps for item in items], logps.sums.device)
+        return AnswerLogps(logps.sums[0::2], reference[:, 0], logps.sums[1::2], reference[:, 1])
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class OnlineLearner:
 
     def step(self, pairs: Sequence[Pair], step: int) -> dict[str, float]:
         """One optimiser step on pairs that were just labelled (`Learner.step`)."""
-        return self.learner.step(self.with_reference_logps(pairs), step)
+        return self.learner.step(self.with_reference_logps(pairs) if self.learner.objective.referenced else pairs, step)
 
     def with_reference_logps(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with the log-probabilities of the start model."""

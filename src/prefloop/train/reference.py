@@ -14,7 +14,6 @@ Log-probabilities under the reference of a training round come from the first of
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +24,7 @@ from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
 from prefloop.fingerprints import sha256
 from prefloop.models import ModelRef, cache_folder, choose_device, load_model, load_tokenizer
-from prefloop.records import Pair, Prompt, Response
+from prefloop.records import Judged, Pair, Prompt, Response
 from prefloop.run import Stage, environment
 from prefloop.train.checks import check_finite
 from prefloop.train.config import Compute
@@ -141,35 +140,86 @@ def _read_finished(file: Path | None) -> dict[int, list[float]]:
 
 
 def with_reference_logps(
-    pairs: Sequence[Pair], reference: ModelRef, *, compute: Compute, stage: Stage | None = None
-) -> list[Pair]:
-    """Pairs whose `reference_logps` are those of `reference`: from the scorer, the disk cache or a second model."""
+    items: Sequence[Judged],
+    reference: ModelRef,
+    *,
+    compute: Compute,
+    prefixes: bool = False,
+    stage: Stage | None = None,
+) -> list[Judged]:
+    """Items whose `reference_logps` are those of `reference`: from the scorer, the disk cache or a second model.
+
+    `prefixes`: pairs get their `reference_prefix_logps` too.
+    """
     stage = stage or Stage.detached()
+
+    def run_pass(groups: Sequence[TokenGroup], part: str) -> Pass:
+        return loaded_pass(groups, reference, compute=compute, part=part, stage=stage)
+
     return fill_in(
-        pairs,
+        items,
         reference,
-        partial(loaded_pass, ref=reference, compute=compute, part="logps", stage=stage),
+        run_pass,
         source="computed",
         why="a second model, loaded for this pass: neither scorer nor cache has them, and it is no adapter's base",
         compute=compute,
+        prefixes=prefixes,
         stage=stage,
     )
 
 
 def fill_in(
-    pairs: Sequence[Pair],
+    items: Sequence[Judged],
     reference: ModelRef,
-    run_pass: Callable[[Sequence[TokenGroup]], Pass],
+    run_pass: Callable[[Sequence[TokenGroup], str], Pass],
     *,
     source: str,
     why: str,
     compute: Compute,
+    prefixes: bool = False,
     stage: Stage,
-) -> list[Pair]:
-    """Pairs with the log-probabilities of `reference`; what neither scorer nor disk knows comes from `run_pass`.
+) -> list[Judged]:
+    """Items with the log-probabilities of `reference`; what neither scorer nor disk knows comes from `run_pass`.
 
-    Every source that was used, and why, is noted, counted and put into the event log; a pass is kept on disk.
+    Every source that was used, and why, is noted, counted and put into the event log; a pass is kept on disk, and
+    `run_pass` keeps its finished rows under the name that it is given. `prefixes`: see `with_reference_logps`.
     """
+    found = _fill_in(items, reference, run_pass, "logps", source, why, compute, stage)
+    if not prefixes:
+        return found
+    chat = ChatFormat(load_tokenizer(reference))
+    cut = [prefixes_of(item, chat) for item in items if isinstance(item, Pair)]
+    stage.note(
+        "log-probabilities of the tokens that both answers of a pair have room for come from a pass of their own"
+    )
+    known = _fill_in(cut, reference, run_pass, "prefix-logps", source, why, compute, stage)
+    return [
+        item.model_copy(update={"reference_prefix_logps": one.reference_logps})
+        for item, one in zip(found, known, strict=True)
+    ]
+
+
+def prefixes_of(pair: Pair, chat: ChatFormat) -> Pair:
+    """The pair with both responses cut to the tokens of the shorter one, and without log-probabilities."""
+    ids = [chat.with_token_ids(response).token_ids or () for response in pair.responses]
+    shorter = min(map(len, ids))
+    chosen, rejected = (
+        response.model_copy(update={"token_ids": own[:shorter]})
+        for response, own in zip(pair.responses, ids, strict=True)
+    )
+    return pair.model_copy(update={"chosen": chosen, "rejected": rejected, "reference_logps": None, "reference": None})
+
+
+def _fill_in(
+    pairs: Sequence[Judged],
+    reference: ModelRef,
+    run_pass: Callable[[Sequence[TokenGroup], str], Pass],
+    part: str,
+    source: str,
+    why: str,
+    compute: Compute,
+    stage: Stage,
+) -> list[Judged]:
     missing = [pair for pair in pairs if pair.reference != reference.fingerprint]
     known = len(pairs) - len(missing)
     _report(stage, known, "already known from scoring", f"scored under {reference.name}, which is the reference")
@@ -184,7 +234,7 @@ def fill_in(
         stage.event("path", model=reference.name, path=found.path, why=found.why)
         source, why = "read from the disk cache", f"an earlier pass over the same rows, {file.name[:12]}..."
     else:
-        found = run_pass(groups)
+        found = run_pass(groups, part)
         check_finite(found.sums, [pair.prompt.id for pair in missing], reference.name)
         write_cached(file, key, groups, found, stage)
     _report(stage, len(missing), source, why)

@@ -26,7 +26,8 @@ from prefloop.data.chat import ChatFormat
 from prefloop.records import Pair
 from prefloop.train.checks import check_pairs, check_zero_margin
 from prefloop.train.logprobs import ResponseLogps
-from prefloop.train.losses import PairLogps, dpo, pair_metrics
+from prefloop.train.losses import PairLogps, pair_metrics
+from prefloop.train.losses.pairwise import dpo
 from prefloop.train.objective import Objective
 from prefloop.train.packing import TokenGroup
 
@@ -117,6 +118,10 @@ class SailObjective(Objective[RoutedPair]):
     def identity(self) -> str:
         return f"sail {self.beta!r} {self.coefficient!r} {self.response_term} {self.batch_size}"
 
+    @property
+    def referenced(self) -> bool:
+        return True
+
     def check(self, items: Sequence[RoutedPair], groups: Sequence[TokenGroup], chat: ChatFormat) -> None:
         check_pairs(items, groups, chat)
 
@@ -144,7 +149,7 @@ class SailObjective(Objective[RoutedPair]):
             weight=column([item.weight for item in items]),
         )
         outside = column([item.route != "pp" for item in items])
-        metrics = {name: value * outside for name, value in pair_metrics(found, beta=self.beta)._asdict().items()}
+        metrics = {name: value * outside for name, value in pair_metrics(found, beta=self.beta).items()}
         preference = dpo(labelled, beta=self.beta).detach()
         turned = (preference * self.coefficient > 1).float() * policy_label
         return losses, {
