@@ -175,9 +175,11 @@ def _pair_logps(items: Sequence[Pair], logps: ResponseLogps) -> PairLogps:
 
 def exchanged(logps: PairLogps, where: Tensor) -> PairLogps:
     """The pairs with chosen and rejected exchanged `where` [B] is true."""
+    chosen, rejected = logps.reference_chosen, logps.reference_rejected
+    assert chosen is not None and rejected is not None
     return PairLogps(
         torch.where(where, logps.policy_rejected, logps.policy_chosen),
         torch.where(where, logps.policy_chosen, logps.policy_rejected),
-        torch.where(where, logps.reference_rejected, logps.reference_chosen),
-        torch.where(where, logps.reference_chosen, logps.reference_rejected),
+        torch.where(where, rejected, chosen),
+        torch.where(where, chosen, rejected),
     )
