@@ -48,13 +48,18 @@ def two_models(policy: str, reference: str) -> tuple[ModelRef, ModelRef]:
     """
     first, second = resolve(policy), resolve(reference)
     check_different(first, second)
-    difference = same_tokenizer(load_tokenizer(first), load_tokenizer(second))
+    check_same_tokenizer(first, second)
+    return first, second
+
+
+def check_same_tokenizer(policy: ModelRef, reference: ModelRef) -> None:
+    """Raises InputError where two models would not read the same text as the same token ids."""
+    difference = same_tokenizer(load_tokenizer(policy), load_tokenizer(reference))
     if difference:
         raise InputError(
-            f"policy {policy} and reference {reference} have different tokenizers ({difference}); "
+            f"policy {policy.name} and reference {reference.name} have different tokenizers ({difference}); "
             "the implicit reward needs both models to score the same token ids"
         )
-    return first, second
 
 
 def tokenise(items: Sequence[Judged], model: ModelRef, *, stage: Stage | None = None) -> list[Judged]:

@@ -14,7 +14,7 @@ def charts(stories: Sequence[Story]) -> list[tuple[str, list[Chart]]]:
         ("Models", [*_by_model(stories), *_frontier(stories), *_asked(stories)]),
         ("Win rates", _win_rates(stories)),
         ("Search over alpha", _alphas(stories)),
-        ("Training", _training(stories)),
+        ("Training", [*_training(stories), *_phases(stories)]),
         ("Length of winners and losers", _length(stories)),
     ]
     return [(name, found) for name, found in groups if found]
@@ -337,6 +337,26 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         for title, unit, caption, found, level in figures
         if found
     ]
+
+
+def _phases(stories: Sequence[Story]) -> list[Chart]:
+    """BPO's two divergences at each evaluation: from the model that samples, and from the start."""
+    found = []
+    for i, story in enumerate(stories):
+        rows = [row for r in story.rounds for row in r.evaluations]
+        name = "log_ratio_to_behaviour_per_token"
+        lines = [("from the start", "log_ratio_per_token", "dashed"), ("from the behaviour model", name, "solid")]
+        for j, (said, figure, line) in enumerate(lines if any(name in row for _, row in rows) else []):
+            label = f"{story.name} {said}" if _several(stories) else said
+            colour = i if _several(stories) else j
+            intervals = [tuple(row[figure][1:]) for _, row in rows]
+            points = [(float(step), row[figure][0]) for step, row in rows]
+            found.append(Series(label, points, intervals, colour=colour, line=line, dots=True))
+    caption = (
+        "Of own answers. A phase begins at zero from the model that samples for it, which the loss holds the model to; "
+        "nothing holds it to the start, so that line may rise without end."
+    )
+    return [Chart("Drift in a phase", "step", "KL, nats a token", caption, found, level=0.0)] if found else []
 
 
 Curve = tuple[str, int, int, list[Round]]

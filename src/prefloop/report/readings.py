@@ -84,7 +84,7 @@ def _both_fall(story: Story) -> Iterator[Reading]:
         if _falls(tail_mean(r, "chosen_change"), tail_mean(r, "rejected_change"))
     ]
     remedies = [("--train.steps", "fewer"), ("--beta", "higher: a stronger pull to the reference")]
-    if story.recipe == "oaif":
+    if story.recipe in ("oaif", "bpo"):
         remedies.append(("--loss ipo", "its margin has a target, beyond which nothing is pushed down"))
     if held_out or trained:
         yield Reading(
@@ -114,6 +114,10 @@ def _length_grows(story: Story) -> Iterator[Reading]:
                 ("--beta", "higher: a stronger pull to the reference")],
         "optune": [("--annotator", "one whose scores do not grow with length"),
                    ("--beta", "higher: a stronger pull to the reference")],
+        "bpo": [("--feedback.instruction helpfulness-short", "asks a judge for the shorter of two that are close"),
+                ("--phases", "fewer: the reference stays near the start for longer")],
+        "sail": [("--mixture", "lower: more of the data's own pairs"),
+                 ("--beta", "higher: a stronger pull to the reference")],
         "dpo": [("prefloop dice --alpha auto", "makes pairs whose winners are as long as their losers"),
                 ("--beta", "higher: a stronger pull to the reference")],
     }  # fmt: skip
@@ -228,7 +232,7 @@ def _unfinished(story: Story) -> Iterator[Reading]:
     labels = tuple(label for label, finished in looked if finished < FINISHED)
     if labels:
         remedies = [("--sampling.max-new-tokens", "higher")]
-        if story.recipe == "oaif":
+        if story.recipe in ("oaif", "bpo"):
             remedies.append(("--on-unfinished penalise", "a cut answer loses to a finished one"))
         yield Reading(
             labels,

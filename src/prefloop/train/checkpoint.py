@@ -1,4 +1,5 @@
-"""Checkpoints inside training: weights, optimiser, schedule position and metrics, whole or not at all.
+"""Checkpoints inside training: weights, optimiser, schedule position, metrics and what else a method carries from step
+to step, whole or not at all.
 
 A checkpoint is a folder `checkpoint-STEP` written under another name and renamed when complete, with a list of its
 files' sizes and hashes. A folder that does not match its list is refused, never loaded in part.
@@ -19,16 +20,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LISTING = "checkpoint.json"
+MORE = "more.pt"
 
 
 def save_checkpoint(
-    scratch: Path, *, step: int, model: "PreTrainedModel", optimizer: torch.optim.Optimizer, log: list[dict[str, Any]]
+    scratch: Path,
+    *,
+    step: int,
+    model: "PreTrainedModel",
+    optimizer: torch.optim.Optimizer,
+    log: list[dict[str, Any]],
+    more: dict[str, Any] | None = None,
 ) -> None:
-    """Write `scratch/checkpoint-STEP`, in place of one that is there, and then remove the others."""
+    """Write `scratch/checkpoint-STEP`, in place of one that is there, and then remove the others.
+
+    `more`: tensors and plain data, which `load_more` gives back.
+    """
 
     def write(folder: Path) -> None:
         trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-        for name, content in (("weights.pt", trained), ("optimizer.pt", optimizer.state_dict())):
+        parts = {"weights.pt": trained, "optimizer.pt": optimizer.state_dict(), **({MORE: more} if more else {})}
+        for name, content in parts.items():
             # On an open file: given a path, a full disk ends in a RuntimeError that hides its cause.
             with (folder / name).open("wb") as handle:
                 torch.save(content, handle)
@@ -49,10 +61,9 @@ def load_checkpoint(
 
     Raises InputError when a file is missing, truncated or changed.
     """
-    folders = sorted(scratch.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1])) if scratch else []
-    if not folders:
+    folder = _newest(scratch)
+    if folder is None:
         return 0, []
-    folder = folders[-1]
     listing = _checked_listing(folder)
     weights = torch.load(folder / "weights.pt", map_location=model.device, weights_only=True)
     with torch.no_grad():
@@ -62,6 +73,19 @@ def load_checkpoint(
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return listing["step"], log
+
+
+def load_more(scratch: Path, *, device: torch.device) -> dict[str, Any] | None:
+    """The `more` of the newest checkpoint, tensors on `device`; None when there is none. `load_checkpoint` comes first:
+    it checks the files.
+    """
+    file = (_newest(scratch) or scratch) / MORE
+    return torch.load(file, map_location=device, weights_only=True) if file.is_file() else None
+
+
+def _newest(scratch: Path | None) -> Path | None:
+    folders = scratch.glob("checkpoint-*") if scratch else []
+    return max(folders, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def _checked_listing(folder: Path) -> dict[str, Any]:

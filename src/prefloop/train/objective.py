@@ -128,7 +128,7 @@ class PairObjective(LossObjective[Pair]):
 
     def before_first_update(self, items: Sequence[Pair], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         if self.referenced:
-            _check_reference(items, logps, policy=policy, dtype=dtype)
+            check_reference(items, logps, policy=policy, dtype=dtype)
 
     def pair_logps(self, items: Sequence[Pair], logps: ResponseLogps) -> PairLogps:
         """The log-probabilities as the loss takes them, and what else it needs."""
@@ -156,9 +156,8 @@ class PairObjective(LossObjective[Pair]):
         return found
 
 
-def _check_reference(
-    items: Sequence[Pair] | Sequence[Answer], logps: ResponseLogps, *, policy: str, dtype: str
-) -> None:
+def check_reference(items: Sequence[Pair] | Sequence[Answer], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
+    """Before the first update the policy is its reference (D1), if that is the model the items were given theirs by."""
     reference = _columns([item.reference_logps for item in items], logps.sums.device)
     check_zero_ratios(logps.sums.reshape(-1, 2), reference, items, policy=policy, dtype=dtype)
 
@@ -218,7 +217,7 @@ class AnswerObjective(LossObjective[Answer]):
         return self.loss(found, p=p, weight=weight), metrics
 
     def before_first_update(self, items: Sequence[Answer], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
-        _check_reference(items, logps, policy=policy, dtype=dtype)
+        check_reference(items, logps, policy=policy, dtype=dtype)
 
     @staticmethod
     def answer_logps(items: Sequence[Answer], logps: ResponseLogps) -> AnswerLogps:

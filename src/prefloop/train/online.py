@@ -7,6 +7,7 @@ as a second model, or had from the model in training with its adapter switched o
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,7 +37,7 @@ class OnlineLearner:
     `behaviour`: whose answers `sample` gives, the current model's or those of the start model (an offline baseline).
     """
 
-    def __init__(self, learner: Learner[Pair], *, behaviour: Literal["current", "start"] = "current") -> None:
+    def __init__(self, learner: Learner[Any], *, behaviour: Literal["current", "start"] = "current") -> None:
         self.learner, self.behaviour = learner, behaviour
         compute, policy = learner.compute, learner.policy
         device = choose_device(compute.device)
@@ -77,42 +78,54 @@ class OnlineLearner:
         """The pairs with the log-probabilities of the start model."""
         groups = self.learner.tokenise(pairs)
         found = self.reference_logps(groups)
-        return [
-            pair.model_copy(update={"reference_logps": (a, b), "reference": self.learner.policy.fingerprint})
-            for pair, (a, b) in zip(pairs, found, strict=True)
-        ]
+        return with_logps(pairs, found, self.learner.policy.fingerprint)
 
     def reference_logps(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Summed log-probabilities under the start model, in nats, response by response."""
-        learner = self.learner
-
-        def under(model: Any) -> list[list[float]]:
-            return model_pass(
-                groups, model, "the reference", compute=learner.compute, part="reference", stage=Stage.detached()
-            ).sums
-
         if self.reference is not None:
-            return under(self.reference)
+            return self.logps_under(self.reference, groups)
         with self._switched_off():
-            return under(learner.model)
+            return self.logps_under(self.learner.model, groups)
 
-    @torch.no_grad()
+    def logps_under(self, model: Any, groups: Sequence[TokenGroup]) -> list[list[float]]:
+        """Summed log-probabilities under a frozen model in memory, in nats, response by response."""
+        found = model_pass(
+            groups, model, "the reference", compute=self.learner.compute, part="reference", stage=Stage.detached()
+        )
+        return found.sums
+
     def drift(self, groups: Sequence[Group]) -> tuple[list[float], list[float]]:
         """Of every response, a token: log pi - log pi_start, whose mean over own samples drawn at temperature 1
         estimates the KL divergence; and |log p(sampler) - log pi| of its tokens.
         """
-        learner = self.learner
-        items = [token_group(learner.chat, group.prompt, group.responses) for group in groups]
-        reference = self.reference_logps(items)
+        return self._compared(groups, self.learner.model, self.reference_logps(self._items(groups)))
+
+    def further_drift(self, groups: Sequence[Group]) -> dict[str, list[float]]:
+        """Other divergences of own answers, by the name they are logged under."""
+        return {}
+
+    def sampler_gap(self, groups: Sequence[Group]) -> list[float]:
+        """|log p(sampler) - log p(trainer)| of every token, both of the model that `sample` drew the answers from."""
+        return self.drift(groups)[1]
+
+    def _items(self, groups: Sequence[Group]) -> list[TokenGroup]:
+        return [token_group(self.learner.chat, group.prompt, group.responses) for group in groups]
+
+    @torch.no_grad()
+    def _compared(
+        self, groups: Sequence[Group], model: Any, base: Sequence[Sequence[float]]
+    ) -> tuple[list[float], list[float]]:
+        """`drift` of `model` from the model whose summed log-probabilities are `base`."""
+        learner, items = self.learner, self._items(groups)
         drift, gap = [], []
         path = learner.path_of(items)
         for row in rows(items, learner.compute.tokens_per_forward, path=path):
-            logps = response_logps(learner.model, [items[i] for i in row], path=path, dtype=learner.dtype)
+            logps = response_logps(model, [items[i] for i in row], path=path, dtype=learner.dtype)
             parts = iter(zip(logps.sums.tolist(), logps.tokens.split(logps.counts.tolist()), strict=True))
             for i in row:
-                for response, base in zip(groups[i].responses, reference[i], strict=True):
+                for response, before in zip(groups[i].responses, base[i], strict=True):
                     total, tokens = next(parts)
-                    drift.append((total - base) / response.length_tokens)
+                    drift.append((total - before) / response.length_tokens)
                     if response.sampling_logps:
                         gap += (tokens.cpu() - torch.tensor(response.sampling_logps)).abs().tolist()
         return drift, gap
@@ -132,26 +145,55 @@ class OnlineLearner:
             )
         return mean
 
+    def write(self, folder: Path) -> None:
+        """Save the model that was made (`Learner.write`)."""
+        self.learner.write(folder)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the learner's own weights and optimiser: nothing here."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a `state`."""
+
 
 def _base(model: Any) -> "PreTrainedModel":
     """The transformers model, through a LoRA wrapper; its layers carry the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def with_logps(pairs: Sequence[Pair], found: Sequence[Sequence[float]], reference: str) -> list[Pair]:
+    """The pairs with their log-probabilities (chosen, rejected) under the model of that fingerprint."""
+    return [
+        pair.model_copy(update={"reference_logps": (a, b), "reference": reference})
+        for pair, (a, b) in zip(pairs, found, strict=True)
+    ]
+
+
 @torch.no_grad()
-def copy_weights(source: "PreTrainedModel", target: "PreTrainedModel") -> None:
+def copy_weights(source: "PreTrainedModel", target: "PreTrainedModel", *, share: float = 1.0) -> None:
     """Write the weights of `source`, adapters added in, into `target` of the same architecture and any precision.
 
-    `source` is left as it is: merging an adapter and taking it out again would not give back the same bits.
+    `share` below 1 moves the target's weights only that part of the way. `source` is left as it is: merging an adapter
+    and taking it out again would not give back the same bits.
     """
     weights = dict(target.named_parameters())
-    for name, weight in source.named_parameters():
-        if name in weights:
+
+    def put(name: str, weight: torch.Tensor) -> None:
+        if share == 1.0:
             weights[name].copy_(weight)
-    for name, module in source.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            adapted: Any = module
-            weight = adapted.base_layer.weight
-            for adapter in () if adapted.disable_adapters else adapted.active_adapters:
-                weight = weight + adapted.get_delta_weight(adapter)
-            weights[f"{name}.weight"].copy_(weight)
+        else:
+            weights[name].lerp_(weight.to(weights[name].dtype), share)
+
+    adapted = {
+        f"{name}.weight": module for name, module in source.named_modules() if hasattr(module, "get_delta_weight")
+    }
+    for name, weight in source.named_parameters():
+        if name in weights and name not in adapted:
+            put(name, weight)
+    for name, module in adapted.items():
+        layer: Any = module
+        weight = layer.base_layer.weight
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+        put(name, weight)
