@@ -147,6 +147,13 @@ class Pair(Record):
         """(chosen, rejected)."""
         return self.chosen, self.rejected
 
+    @property
+    def scores(self) -> tuple[float | None, float | None]:
+        """Of (chosen, rejected): the pair's own, else those that its responses carry."""
+        chosen = self.chosen.score if self.chosen_score is None else self.chosen_score
+        rejected = self.rejected.score if self.rejected_score is None else self.rejected_score
+        return chosen, rejected
+
 
 class Demonstration(Record):
     """One prompt and a response to imitate; `weight` multiplies its loss."""

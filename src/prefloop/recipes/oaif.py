@@ -194,7 +194,7 @@ def load_judges(cfg: OaifConfig, run: "Run") -> Judges:
     return Judges(annotator, evaluator, meters)
 
 
-def load_both(cfg: OaifConfig, run: "Run") -> "tuple[list[Prompt], list[Prompt]]":
+def load_both(cfg: Any, run: "Run") -> "tuple[list[Prompt], list[Prompt]]":
     """The prompts to train on and those to look at models with."""
     if not cfg.annotator:
         raise InputError("--annotator is missing: name who judges, such as rule:helpful-short or judge:MODEL")

@@ -16,10 +16,13 @@ def model_card(story: Story) -> str:
     start = str(story.config.get("policy", ""))
     data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
     supervised = "data" in story.config
+    rewards = any(round.ranking for round in story.rounds)
+    kind = "AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM"
+    tags = ["reward-model"] if rewards else [] if supervised else ["dpo", "preference-optimization"]
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["prefloop", story.recipe, *([] if supervised else ["dpo", "preference-optimization"])],
+        "pipeline_tag": "text-classification" if rewards else "text-generation",
+        "tags": list(dict.fromkeys(["prefloop", story.recipe, *tags])),
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
@@ -29,15 +32,15 @@ def model_card(story: Story) -> str:
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {start or "model"} aligned with {story.recipe}
+# {f"reward model made from {start}" if rewards else f"{start or 'model'} aligned with {story.recipe}"}
 
 Trained with prefloop by the recipe `{story.recipe}`, from `{start}`, on
 `{data}`, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {kind}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 

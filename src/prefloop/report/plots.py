@@ -32,13 +32,15 @@ def plot_alpha(story: Story, file: Path) -> bool:
 
 
 def plot_training(story: Story, file: Path) -> bool:
-    """Loss by step, and of pairs margin and log-probability changes, rounds one after another. False when nothing was
-    trained.
+    """Loss by step, and of pairs margin and log-probability changes (of a reward model, rewards), rounds one after
+    another. False when nothing was trained.
     """
     rounds = [round for round in story.rounds if any("loss" in row for row in round.training)]
     if not rounds:
         return False
     pairs = any("margin" in row for round in rounds for row in round.training)
+    rewards = any("chosen_reward" in row for round in rounds for row in round.training)
+    what = "reward" if rewards else "change"
     figure, axes = _axes(3 if pairs else 1)
     offset = 0
     for colour, round in zip(cycle(COLOURS), rounds, strict=False):
@@ -50,15 +52,16 @@ def plot_training(story: Story, file: Path) -> bool:
             axis.plot([offset + row["step"] for row in looks], [row["validation"][name] for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
         if pairs:
-            axes[2].plot(x, [row["chosen_change"] for row in steps], color=colour, label=f"{round.label} chosen")
-            axes[2].plot(
-                x, [row["rejected_change"] for row in steps], "--", color=colour, label=f"{round.label} rejected"
-            )
+            for side, line in (("chosen", "-"), ("rejected", "--")):
+                values = [row[f"{side}_{what}"] for row in steps]
+                axes[2].plot(x, values, line, color=colour, label=f"{round.label} {side}")
         offset += max(row["step"] for row in steps)
     axes[0].set(title="Loss (squares: validation)", xlabel="step", ylabel="nats")
     if pairs:
-        axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")
-        axes[2].set(title="Log-probability change in the round", xlabel="step", ylabel="nats a response")
+        axes[1].set(title=f"{'Reward' if rewards else 'Implicit-reward'} margin", xlabel="step",
+                    ylabel="r(chosen) - r(rejected)" if rewards else "beta h")  # fmt: skip
+        axes[2].set(title="Reward" if rewards else "Log-probability change in the round", xlabel="step",
+                    ylabel="reward" if rewards else "nats a response")  # fmt: skip
     for axis in axes:
         axis.legend(fontsize=7)
     _save(figure, file)

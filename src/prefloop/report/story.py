@@ -13,6 +13,7 @@ from typing import Any
 from prefloop.config import read_yaml
 from prefloop.errors import InputError
 from prefloop.evaluate.checkup import Checkup
+from prefloop.evaluate.reward_pairs import RewardPairs
 from prefloop.evaluate.targets import Asked
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt
@@ -25,7 +26,8 @@ TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
 class Round:
     """One model of a run: `start`, `round-0` (the first policy), `round-1`, ...
 
-    asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
+    asked: of a conditional model, what came of asking for several rewards. ranking: of a reward model, on pairs that it
+    was not trained on. figures: what its stages measured.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Round:
     training: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Group] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    ranking: RewardPairs | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -164,7 +167,7 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
 
     own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
     figures = {name: value for found in own for name, value in found.items()}
-    checkup, length = text("checkup.json"), text("length.json")
+    checkup, length, ranking = text("checkup.json"), text("length.json"), text("ranking.json")
     return Round(
         label=label,
         checkup=Checkup.from_json(checkup) if checkup else None,
@@ -172,5 +175,6 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
         training=[json.loads(line) for line in text("model/training_log.jsonl").splitlines()],
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
         asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
+        ranking=RewardPairs.from_json(ranking) if ranking else None,
         figures=figures,
     )

@@ -14,18 +14,23 @@ Legend: B items, in the order of the batch. Metrics are [B] too, without gradien
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
 from prefloop.fingerprints import fingerprint
+from prefloop.models import ModelRef, load_model
 from prefloop.records import Demonstration, Item, Pair
 from prefloop.train.checks import check_pairs, check_tokens, check_zero_margin
-from prefloop.train.logprobs import ResponseLogps
+from prefloop.train.logprobs import Path, ResponseLogps, response_logps
 from prefloop.train.losses import PairLogps, pair_metrics
 from prefloop.train.packing import TokenGroup
+from prefloop.train.reference import token_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 I = TypeVar("I", bound=Item)  # noqa: E741
 Loss = Callable[..., Tensor]
@@ -60,6 +65,25 @@ class Objective(ABC, Generic[I]):
     def size(self, items: Sequence[I], groups: Sequence[TokenGroup]) -> int:
         """What the sum of a batch's losses is divided by."""
         return len(items)
+
+    @property
+    def first_steps(self) -> int:
+        """Steps after which every weight should have had a gradient. A LoRA's A has none while its B is zero."""
+        return 2
+
+    def load(self, policy: ModelRef, device: str) -> "PreTrainedModel":
+        """The model to train: the language model in a folder, float32."""
+        return load_model(policy, device=device)
+
+    def group(self, chat: ChatFormat, item: I) -> TokenGroup:
+        """The token ids of an item."""
+        return token_group(chat, item.prompt, item.responses)
+
+    def read(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> ResponseLogps:
+        """What the loss is made of, differentiable: a log-probability a token. A model without a vocabulary gives
+        numbers of its own in their place (`prefloop.train.scalar`).
+        """
+        return response_logps(model, groups, path=path, dtype=dtype)
 
     def before_first_update(self, items: Sequence[I], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         """Raises CheckFailed where the first log-probabilities are not as they should be.

@@ -36,7 +36,7 @@ class OnlineLearner:
     `behaviour`: whose answers `sample` gives, the current model's or those of the start model (an offline baseline).
     """
 
-    def __init__(self, learner: Learner[Pair], *, behaviour: Literal["current", "start"] = "current") -> None:
+    def __init__(self, learner: Learner[Any], *, behaviour: Literal["current", "start"] = "current") -> None:
         self.learner, self.behaviour = learner, behaviour
         compute, policy = learner.compute, learner.policy
         device = choose_device(compute.device)
@@ -81,6 +81,13 @@ class OnlineLearner:
             pair.model_copy(update={"reference_logps": (a, b), "reference": self.learner.policy.fingerprint})
             for pair, (a, b) in zip(pairs, found, strict=True)
         ]
+
+    def reference_tokens(self, items: Sequence[Any]) -> list[list[float]]:
+        """Log-probabilities under the start model of every response token, in nats, item by item (`Learner.tokens`)."""
+        if self.reference is not None:
+            return self.learner.tokens(items, self.reference)
+        with self._switched_off():
+            return self.learner.tokens(items)
 
     def reference_logps(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Summed log-probabilities under the start model, in nats, response by response."""
