@@ -8,6 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from tests.sample.engines import stopping_folder
 from torch import Tensor
 
 from prefloop.errors import CheckFailed
@@ -28,7 +29,6 @@ from prefloop.train.ppo import (
     value_loss,
     with_advantages,
 )
-from tests.sample.engines import stopping_folder
 
 Objective = Callable[[Tensor], Tensor]
 COMPUTE = Compute(device="cpu", dtype="float32")
