@@ -101,9 +101,9 @@ def demo() -> MpoConfig:
             )
         ),
         ppo=Ppo(epochs=2, value_learning_rate=2e-5, missing_eos_penalty=0.5),
-        sampling=Sampling(max_new_tokens=40),
+        sampling=Sampling(max_new_tokens=32),
         look_at=LookAt(answers=12, shown=4),
-        train=Train(steps=6, batch_size=8, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=3),
+        train=Train(steps=4, batch_size=6, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
     )  # fmt: skip
 
 
