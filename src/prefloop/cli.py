@@ -42,6 +42,7 @@ class Command:
 
 RECIPES = "recipes"
 PREFERENCES, SCORED = f"{RECIPES}, from preferences", f"{RECIPES}, from answers and their rewards"
+REINFORCEMENT = f"{RECIPES}, by reinforcement learning"
 
 COMMANDS = {
     "dice": Command(
@@ -111,6 +112,13 @@ COMMANDS = {
                    "prefloop.recipes.rwr:RwrConfig", "prefloop.recipes.rwr:rwr", ("demo",)),
     "ca": Command(SCORED, "conditional alignment: prompts say the reward, and ask for a high one (arXiv 2308.12050)",
                   "prefloop.recipes.ca:CaConfig", "prefloop.recipes.ca:ca", ("demo",)),
+    "reward-model": Command(REINFORCEMENT, "a reward model from preference pairs, cross-fitted (arXiv 2203.02155)",
+                            "prefloop.recipes.reward_model:RewardModelConfig",
+                            "prefloop.recipes.reward_model:reward_model", ("demo",)),
+    "ppo": Command(REINFORCEMENT, "PPO: every step fresh answers, a reward, clipped updates (arXiv 2203.02155)",
+                   "prefloop.recipes.ppo:PpoConfig", "prefloop.recipes.ppo:ppo", ("demo",)),
+    "mpo": Command(REINFORCEMENT, "DPO on the easy pairs, then PPO on the prompts of the hard ones (arXiv 2403.19443)",
+                   "prefloop.recipes.mpo:MpoConfig", "prefloop.recipes.mpo:mpo", ("demo",)),
     "sample": Command("steps", "K answers of a model to every prompt of a file", "prefloop.commands:SampleOptions",
                       "prefloop.commands:sample"),
     "score": Command("steps", "implicit reward of (prompt, responses) under any policy and reference",

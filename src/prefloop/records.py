@@ -160,6 +160,13 @@ class Pair(Record):
         """The pair with its responses replaced."""
         return self.model_copy(update={"chosen": chosen, "rejected": rejected})
 
+    @property
+    def scores(self) -> tuple[float | None, float | None]:
+        """Of (chosen, rejected): the pair's own, else those that its responses carry."""
+        chosen = self.chosen.score if self.chosen_score is None else self.chosen_score
+        rejected = self.rejected.score if self.rejected_score is None else self.rejected_score
+        return chosen, rejected
+
 
 class Answer(Record):
     """One prompt and a response that was called good or bad (KTO).

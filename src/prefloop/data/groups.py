@@ -90,6 +90,11 @@ def groups_of_rows(rows: Rows, *, on_bad_row: OnBadRow = "error", rejected: bool
     return Loaded(merged(groups), found.mapping(), bad_rows, rows.source)
 
 
+def groups_of_pairs(pairs: Sequence[Pair]) -> list[Group]:
+    """Both answers of pairs with their scores, one group a prompt, each answer once."""
+    return merged([_group_of_pair(pair, True) for pair in pairs], once=True)
+
+
 def merged(groups: Sequence[Group], *, once: bool = False) -> list[Group]:
     """One group a prompt id, in the order of first appearance. `once`: of equal answers the first counts."""
     answers: dict[str, list[Response]] = {}

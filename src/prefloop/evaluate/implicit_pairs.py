@@ -87,19 +87,14 @@ def figures(pairs: Sequence[Pair], change: Floats, *, beta: float) -> ImplicitPa
     """From the change [pairs, 2] of the summed log-probability of chosen and rejected, in nats."""
     margins = beta * (change[:, 0] - change[:, 1])
     tokens = np.array([[pair.chosen.length_tokens, pair.rejected.length_tokens] for pair in pairs])
-    rows: dict[str, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        rows.setdefault(pair.prompt.category or "none", []).append(i)
-    ordered = sorted(rows.items(), key=lambda item: -len(item[1]))
-    categories = {name: ranking(margins[part]) for name, part in ordered}
-    right = 1 / (1 + np.exp(-np.clip(margins, -500, 500)))
+    categories = by_category(pairs, margins)
     per_token = change / tokens
     return ImplicitPairs(
         beta=beta,
         overall=ranking(margins),
         categories=categories if set(categories) != {"none"} else {},
         calibration_error=calibration_error(margins),
-        brier=float(np.mean((1 - right) ** 2)),
+        brier=brier_score(margins),
         chosen_change=mean_interval(per_token[:, 0].tolist()),
         rejected_change=mean_interval(per_token[:, 1].tolist()),
         rewardbench=sections(categories),
@@ -108,6 +103,21 @@ def figures(pairs: Sequence[Pair], change: Floats, *, beta: float) -> ImplicitPa
 
 def ranking(margins: Floats) -> Ranking:
     return Ranking(pairs=len(margins), accuracy=accuracy(margins.tolist()), margin=mean_interval(margins.tolist()))
+
+
+def by_category(pairs: Sequence[Pair], margins: Floats) -> dict[str, Ranking]:
+    """Category of the prompt -> its ranking, the largest first; prompts without one are "none"."""
+    rows: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        rows.setdefault(pair.prompt.category or "none", []).append(i)
+    ordered = sorted(rows.items(), key=lambda item: -len(item[1]))
+    return {name: ranking(margins[part]) for name, part in ordered}
+
+
+def brier_score(margins: Floats) -> float:
+    """Mean of (1 - sigmoid(margin))^2: the squared error of P(chosen is preferred). 1/4 where all margins are 0."""
+    right = 1 / (1 + np.exp(-np.clip(margins, -500, 500)))
+    return float(np.mean((1 - right) ** 2))
 
 
 def calibration_error(margins: Floats) -> float:

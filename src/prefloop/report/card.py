@@ -16,20 +16,14 @@ def model_card(story: Story) -> str:
     start = str(story.config.get("policy") or story.config.get("base") or "")
     data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
     supervised = "data" in story.config
+    rewards = any(round.ranking for round in story.rounds)
+    kind = "AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM"
+    by_pairs = ["preference-optimization"] if story.recipe in ("expo", "ppo") else ["dpo", "preference-optimization"]
+    tags = ["reward-model"] if rewards else [] if supervised else by_pairs
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [
-            "prefloop",
-            story.recipe,
-            *(
-                []
-                if supervised
-                else ["preference-optimization"]
-                if story.recipe == "expo"
-                else ["dpo", "preference-optimization"]
-            ),
-        ],
+        "pipeline_tag": "text-classification" if rewards else "text-generation",
+        "tags": list(dict.fromkeys(["prefloop", story.recipe, *tags])),
         **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
@@ -39,14 +33,14 @@ def model_card(story: Story) -> str:
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {start or "model"} aligned with {story.recipe}
+# {f"reward model made from {start}" if rewards else f"{start or 'model'} aligned with {story.recipe}"}
 
 {_made(story, start, data)}, with seed {story.config.get("seed")}. Made with {versions}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {kind}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 

@@ -296,9 +296,9 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         ),
         (
             "Margin",
-            "beta h, reward units",
-            "Grows from zero. Under DPO a pair beyond 3 has next to no gradient left: further steps repeat what is "
-            "learned.",
+            "reward units",
+            "Of the implicit reward, beta h, or of a reward model. Grows from zero. Under DPO a pair beyond 3 has next "
+            "to no gradient left: further steps repeat what is learned.",
             [*series("margin"), *watched("margin")],
             0.0,
         ),
@@ -316,6 +316,58 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
             "Rises from chance. At 1.0 from early on, the pairs are too easy, or learned by heart.",
             series("correct"),
             0.5,
+        ),
+        (
+            "Rewards",
+            "reward units",
+            "Of a reward model. Solid: chosen, dashed: rejected. They part around zero, where centring keeps them.",
+            [*series("chosen_reward"), *series("rejected_reward", "rejected", "dashed")],
+            0.0,
+        ),
+        (
+            "Reward of sampled answers",
+            "mean of a step",
+            "As the annotator gives it, before the price of drift and before penalties. Should rise.",
+            series("reward"),
+            None,
+        ),
+        (
+            "Drift of sampled answers",
+            "KL, nats an answer",
+            "sum over an answer of log pi - log pi_ref. What the reward costs: growth without more reward is "
+            "over-optimisation. Below zero is noise of the estimate, or a temperature other than 1.",
+            [*series("kl"), *series("kl_start", "from the start", "dashed")],
+            0.0,
+        ),
+        (
+            "Entropy",
+            "nats a token",
+            "Of the policy on its own answers. A steep fall says that it has settled on few answers: raise --beta.",
+            series("entropy"),
+            None,
+        ),
+        (
+            "Clipped tokens",
+            "share of a step",
+            "Tokens whose probability has moved by more than --ppo.clip within a step. Much over 0.2: a lower learning "
+            "rate, or fewer epochs.",
+            series("clip_fraction"),
+            0.0,
+        ),
+        (
+            "Value loss",
+            "mean of a step",
+            "How far the value model is from the returns, squared, by two. Falls, with steps where rewards change.",
+            series("value_loss"),
+            0.0,
+        ),
+        (
+            "Explained variance",
+            "share",
+            "Of the returns, by the values before the step. 1 is perfect, 0 no better than a constant; below 0, the "
+            "values mislead.",
+            series("explained_variance"),
+            0.0,
         ),
         (
             "Length of sampled answers",

@@ -172,6 +172,9 @@ def _summary(story: Story) -> str:
     first, last = (next((r.checkup for r in order if r.checkup), None) for order in (story.rounds, story.rounds[::-1]))
     if last and last.accuracy:
         said.append("held-out accuracy {:.2f} [{:.2f}, {:.2f}]".format(*last.accuracy))
+    ranked = next((r.ranking for r in story.rounds[::-1] if r.ranking), None)
+    if ranked:
+        said.append("pairs ranked right {:.2f} [{:.2f}, {:.2f}]".format(*ranked.overall.accuracy))
     evaluations = [row for round in story.rounds for row in round.evaluations]
     win_rates = [r.win_rate for r in story.rounds if r.win_rate]
     win_rates += [found["against_start"]["rate"] for _, found in evaluations if found["against_start"]["rate"]]

@@ -33,13 +33,15 @@ def plot_alpha(story: Story, file: Path) -> bool:
 
 
 def plot_training(story: Story, file: Path) -> bool:
-    """Loss by step, and of pairs margin and log-probability changes, rounds one after another. False when nothing was
-    trained.
+    """Loss by step, and of pairs margin and log-probability changes (of a reward model, rewards), rounds one after
+    another. False when nothing was trained.
     """
     rounds = [round for round in story.rounds if any("loss" in row for row in round.training)]
     if not rounds:
         return False
     pairs = any("margin" in row for round in rounds for row in round.training)
+    rewards = any("chosen_reward" in row for round in rounds for row in round.training)
+    what = "reward" if rewards else "change"
     figure, axes = _axes(3 if pairs else 1)
     offset = 0
     for colour, round in zip(cycle(COLOURS), rounds, strict=False):
@@ -53,13 +55,15 @@ def plot_training(story: Story, file: Path) -> bool:
                       color=colour, markersize=4)  # fmt: skip
         if of_pairs:
             for side, line in (("chosen", "-"), ("rejected", "--")):
-                change = [row.get(f"{side}_change", nan) for row in steps]  # no reference, no change from it
-                axes[2].plot(x, change, line, color=colour, label=f"{round.label} {side}")
+                values = [row.get(f"{side}_{what}", nan) for row in steps]  # no reference, no change from it
+                axes[2].plot(x, values, line, color=colour, label=f"{round.label} {side}")
         offset += max(row["step"] for row in steps)
     axes[0].set(title="Loss (squares: validation)", xlabel="step", ylabel="nats")
     if pairs:
-        axes[1].set(title="Implicit-reward margin", xlabel="step", ylabel="beta h")
-        axes[2].set(title="Log-probability change in the round", xlabel="step", ylabel="nats a response")
+        axes[1].set(title=f"{'Reward' if rewards else 'Implicit-reward'} margin", xlabel="step",
+                    ylabel="r(chosen) - r(rejected)" if rewards else "beta h")  # fmt: skip
+        axes[2].set(title="Reward" if rewards else "Log-probability change in the round", xlabel="step",
+                    ylabel="reward" if rewards else "nats a response")  # fmt: skip
     for axis in axes:
         axis.legend(fontsize=7)
     _save(figure, file)

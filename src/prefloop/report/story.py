@@ -16,6 +16,7 @@ from prefloop.errors import InputError
 from prefloop.evaluate.candidate import Candidate
 from prefloop.evaluate.checkup import Checkup
 from prefloop.evaluate.figures import COMPARED, FIGURES, Report
+from prefloop.evaluate.reward_pairs import RewardPairs
 from prefloop.evaluate.targets import Asked
 from prefloop.merge.distance import Distance
 from prefloop.pairs.length import LengthCoefficient
@@ -40,6 +41,7 @@ class Round:
     win_rate: of its `answers` against the start's.
     asked: of a conditional model, what came of asking for several rewards. figures: what its stages measured.
     candidate: of ExPO, its figures on held-out prompts.
+    ranking: of a reward model, on pairs that it was not trained on.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Round:
     preferred: list[float | None] = field(default_factory=list)
     win_rate: Interval | None = None
     asked: list[Asked] = field(default_factory=list)
+    ranking: RewardPairs | None = None
     figures: dict[str, float] = field(default_factory=dict)
     candidate: Candidate | None = None
 
@@ -247,6 +250,7 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
     own = [entry.get("figures") or {} for name, entry in stages.items() if name.startswith(f"{label}/")]
     figures = {name: value for found in own for name, value in found.items()}
     checkup, length, candidate = text("checkup.json"), text("length.json"), text("figures.json")
+    ranking = text("ranking.json")
     rate = json.loads(text("win_rate.json") or "{}").get("rate")
     return Round(
         label=label,
@@ -256,6 +260,7 @@ def _read_round(folder: Path, label: str, stages: dict[str, dict[str, Any]]) -> 
         answers=[Group.from_json(line) for line in text("answers.jsonl").split("\n")[:-1]],
         win_rate=tuple(rate) if rate else None,
         asked=[Asked.from_json(line) for line in text("targets.jsonl").split("\n")[:-1]],
+        ranking=RewardPairs.from_json(ranking) if ranking else None,
         figures=figures,
         candidate=Candidate.from_json(candidate) if candidate else None,
     )

@@ -71,6 +71,32 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
         lambda r: _number(r.figures.get("share kept"), "{:.2f}"),
     ),
     (
+        "pairs ranked right",
+        "share of pairs that the reward model was not trained on whose chosen answer has the higher reward, with its "
+        "95 % interval; cross-fit: every pair by the fold's model that has not seen its prompt",
+        lambda r: _interval(r.ranking.overall.accuracy) if r.ranking else "-",
+    ),
+    (
+        "reward margin",
+        "mean r(chosen) - r(rejected) of these pairs",
+        lambda r: _number(r.ranking.overall.margin[0], "{:+.3f}") if r.ranking else "-",
+    ),
+    (
+        "log loss",
+        "mean -log sigmoid(r(chosen) - r(rejected)) of these pairs; 0.693 knows nothing",
+        lambda r: _number(r.ranking and r.ranking.log_loss, "{:.3f}"),
+    ),
+    (
+        "calibration error",
+        "how far sigmoid(|margin|), how sure it is, is from how often it is right, in ten bins",
+        lambda r: _number(r.ranking and r.ranking.calibration_error, "{:.3f}"),
+    ),
+    (
+        "Brier score",
+        "mean (1 - sigmoid(margin))^2; 0.25 knows nothing",
+        lambda r: _number(r.ranking and r.ranking.brier, "{:.3f}"),
+    ),
+    (
         "effective share",
         "effective sample size of the weights, (sum w)^2 / sum w^2, as a share of the answers",
         lambda r: _number(r.figures.get("effective share"), "{:.2f}"),

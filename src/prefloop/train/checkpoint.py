@@ -9,26 +9,31 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from prefloop.atomic import write_folder_atomically
 from prefloop.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 LISTING = "checkpoint.json"
 MORE = "more.pt"
+
+
+class Optimizer(Protocol):
+    """What a checkpoint asks of an optimiser, or of several that are kept together."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> None: ...
 
 
 def save_checkpoint(
     scratch: Path,
     *,
     step: int,
-    model: "PreTrainedModel",
-    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
     log: list[dict[str, Any]],
     more: dict[str, Any] | None = None,
 ) -> None:
@@ -55,7 +60,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    scratch: Path | None, *, model: "PreTrainedModel", optimizer: torch.optim.Optimizer
+    scratch: Path | None, *, model: torch.nn.Module, optimizer: Optimizer
 ) -> tuple[int, list[dict[str, Any]]]:
     """Restore the newest checkpoint into `model` and `optimizer`; (0, []) when there is none.
 
@@ -65,12 +70,13 @@ def load_checkpoint(
     if folder is None:
         return 0, []
     listing = _checked_listing(folder)
-    weights = torch.load(folder / "weights.pt", map_location=model.device, weights_only=True)
+    device = next(model.parameters()).device
+    weights = torch.load(folder / "weights.pt", map_location=device, weights_only=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(weights[name])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=model.device, weights_only=True))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return listing["step"], log
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from prefloop.atomic import write_atomically
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed, InputError
-from prefloop.models import ModelRef, choose_device, load_model, load_tokenizer, require_peft, write_model
+from prefloop.models import ModelRef, choose_device, load_tokenizer, require_peft, write_model
 from prefloop.records import Item, Judged, Prompt, Response
 from prefloop.run import Stage
 from prefloop.seeds import derive_seed, generator
@@ -33,12 +33,13 @@ from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
 from prefloop.train.checks import check_finite, check_gradients, check_movement
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.logprobs import Path as LogpsPath
-from prefloop.train.logprobs import ResponseLogps, choose_path, config_obstacle, response_logps, rows
+from prefloop.train.logprobs import ResponseLogps, choose_path, config_obstacle, rows
 from prefloop.train.memory import reused_memory
 from prefloop.train.objective import I, Objective
 from prefloop.train.optim import learning_rate, make_optimizer, unit_step
 from prefloop.train.packing import TokenGroup
-from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass, token_group
+from prefloop.train.reference import Pass, choose_dtype, fill_in, model_pass
+from prefloop.train.scalar import scalar_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ class Learner(Generic[I]):
         self.known = dict(zip(map(_content, data), self.tokenise(data), strict=True))
         device = choose_device(compute.device)
         self.dtype = choose_dtype(compute, device)
-        model: Any = load_model(policy, device=device)
+        model: Any = objective.load(policy, device)
         if config.gradient_checkpointing:
             recompute_activations(model)
         # The model stays in evaluation mode: dropout would make the policy differ from its own reference at step 0.
@@ -86,7 +87,7 @@ class Learner(Generic[I]):
 
     def tokenise(self, items: Sequence[I]) -> list[TokenGroup]:
         """The token ids of items, checked (`Objective.check`)."""
-        groups = [token_group(self.chat, item.prompt, item.responses) for item in items]
+        groups = [self.objective.group(self.chat, item) for item in items]
         self.objective.check(items, groups, self.chat)
         return groups
 
@@ -156,8 +157,8 @@ class Learner(Generic[I]):
         return {**_means(sums, len(items), size), "grad_norm": norm, "learning_rate": rate}
 
     def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
-        """The check of the first two steps that every weight moves."""
-        if step > 1:
+        """The check of the first steps that every weight moves."""
+        if step >= self.objective.first_steps:
             return nullcontext()
         moved = partial(unit_step, self.config)
         return check_movement(self.unmoved, moved, rate=rate, peak=self.config.learning_rate)
@@ -195,12 +196,24 @@ class Learner(Generic[I]):
         return ResponseLogps.of(torch.cat(flat), counts, collision=torch.cat(known) if known else None)
 
     def _logps(self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath) -> ResponseLogps:
-        collision = self.objective.collision
-        logps = response_logps(self.model, groups, path=path, dtype=self.dtype, collision=collision)
+        logps = self.objective.read(self.model, groups, path=path, dtype=self.dtype)
         sums = iter(logps.sums.tolist())
         own = [list(islice(sums, len(group.responses))) for group in groups]
         check_finite(own, [item.prompt.id for item in items], "the model in training")
         return logps
+
+    @torch.no_grad()
+    def tokens(self, items: Sequence[I], model: "PreTrainedModel | None" = None) -> list[list[float]]:
+        """What the model (or another of its kind) says of every response token, item by item; nothing is learned."""
+        groups = self._groups(items)
+        path = self.path_of(groups)
+        found: dict[int, list[float]] = {}
+        for row in rows(groups, self.compute.tokens_per_forward, path=path):
+            own = [groups[i] for i in row]
+            said = self.objective.read(self.model if model is None else model, own, path=path, dtype=self.dtype)
+            parts = said.tokens.split([group.predicted for group in own])
+            found.update(zip(row, (part.tolist() for part in parts), strict=True))
+        return [found[i] for i in range(len(items))]
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[I]) -> dict[str, float]:
@@ -222,12 +235,19 @@ class Learner(Generic[I]):
 
 
 def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
-    """`model` with trainable low-rank adapters on its linear layers and everything else frozen."""
+    """`model` with trainable low-rank adapters on its linear layers and everything else frozen.
+
+    A head with one output, which is new, is trained itself.
+    """
     peft = require_peft()
     torch.manual_seed(derive_seed(seed, "lora"))
-    settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    shared = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    if model.get_output_embeddings() is None:
+        name, head = scalar_head(model)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**shared, exclude_modules=[name])).eval()
+        head.requires_grad_(True)
+        return adapted
+    settings = peft.LoraConfig(**shared, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         # peft asks transformers under a name that transformers deprecates: nothing that our user could change.
         warnings.simplefilter("ignore", FutureWarning)
@@ -335,8 +355,8 @@ def fit(
             row = {"step": step + 1, **learner.step(batch, step)}
             log.append(row)
             stage.event("step", **row)
-            if step == 1 and learner.unmoved:
-                stage.note(_without_gradient(list(learner.unmoved)))
+            if step + 1 == objective.first_steps and learner.unmoved:
+                stage.note(_without_gradient(list(learner.unmoved), objective.first_steps))
             last = step + 1 == config.steps
             if validation and (last or (step + 1) % config.validate_every == 0):
                 log.append({"step": step + 1, "validation": learner.evaluate(data[n:])})
@@ -351,10 +371,10 @@ def fit(
     return stage.output
 
 
-def _without_gradient(names: Sequence[str]) -> str:
+def _without_gradient(names: Sequence[str], steps: int) -> str:
     return (
-        f"{len(names)} trainable weights had no gradient but zero in the first two steps (such as {names[0]}): experts "
-        "that no token was sent to, or parts of the model that the loss does not reach"
+        f"{len(names)} trainable weights had no gradient but zero in the first {steps} steps (such as {names[0]}): "
+        "experts that no token was sent to, or parts of the model that the loss does not reach"
     )
 
 

@@ -15,18 +15,23 @@ Legend: B items, in the order of the batch. Metrics are [B] too, without gradien
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
+from prefloop.models import ModelRef, load_model
 from prefloop.records import Answer, Demonstration, Item, Pair
 from prefloop.train.checks import check_pairs, check_tokens, check_zero_ratios
-from prefloop.train.logprobs import ResponseLogps
+from prefloop.train.logprobs import Path, ResponseLogps, response_logps
 from prefloop.train.losses import AnswerLogps, ChosenLoss, PairLogps, pair_metrics
 from prefloop.train.packing import TokenGroup
+from prefloop.train.reference import token_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 I = TypeVar("I", bound=Item)  # noqa: E741
 
@@ -75,6 +80,25 @@ class Objective(ABC, Generic[I]):
     def size(self, items: Sequence[I], groups: Sequence[TokenGroup]) -> int:
         """What the sum of a batch's losses is divided by."""
         return len(items)
+
+    @property
+    def first_steps(self) -> int:
+        """Steps after which every weight should have had a gradient. A LoRA's A has none while its B is zero."""
+        return 2
+
+    def load(self, policy: ModelRef, device: str) -> "PreTrainedModel":
+        """The model to train: the language model in a folder, float32."""
+        return load_model(policy, device=device)
+
+    def group(self, chat: ChatFormat, item: I) -> TokenGroup:
+        """The token ids of an item."""
+        return token_group(chat, item.prompt, item.responses)
+
+    def read(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> ResponseLogps:
+        """What the loss is made of, differentiable: a log-probability a token. A model without a vocabulary gives
+        numbers of its own in their place (`prefloop.train.scalar`).
+        """
+        return response_logps(model, groups, path=path, dtype=dtype, collision=self.collision)
 
     def before_first_update(self, items: Sequence[I], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         """Raises CheckFailed where the first log-probabilities are not as they should be.
@@ -148,7 +172,7 @@ class PairObjective(LossObjective[Pair]):
             collision = logps.summed(logps.collision)
             found = found._replace(chosen_collision=collision[0::2], rejected_collision=collision[1::2])
         if "gap" in needs:
-            scores = _columns([(pair.chosen_score, pair.rejected_score) for pair in items], device)
+            scores = _columns([pair.scores for pair in items], device)
             found = found._replace(gap=scores[:, 0] - scores[:, 1])
         if "reference_sample" in needs:
             sides = [pair.reference_sample == "chosen" for pair in items]
@@ -180,7 +204,7 @@ def check_labels(pairs: Sequence[Pair], loss: ChosenLoss) -> None:
             raise InputError(f"{where} has p = {pair.p}, and the loss takes no soft labels: {loss.no_p}")
         if loss.no_weight and pair.weight != 1.0:
             raise InputError(f"{where} has weight = {pair.weight}, and the loss takes no weights: {loss.no_weight}")
-        if "gap" in loss.needs and (pair.chosen_score is None or pair.rejected_score is None):
+        if "gap" in loss.needs and None in pair.scores:
             raise InputError(
                 f"{where} has no scores, which the loss {loss} needs; give chosen_score and rejected_score"
             )

@@ -80,6 +80,13 @@ class OnlineLearner:
         found = self.reference_logps(groups)
         return with_logps(pairs, found, self.learner.policy.fingerprint)
 
+    def reference_tokens(self, items: Sequence[Any]) -> list[list[float]]:
+        """Log-probabilities under the start model of every response token, in nats, item by item (`Learner.tokens`)."""
+        if self.reference is not None:
+            return self.learner.tokens(items, self.reference)
+        with self._switched_off():
+            return self.learner.tokens(items)
+
     def reference_logps(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Summed log-probabilities under the start model, in nats, response by response."""
         if self.reference is not None:

@@ -1,0 +1,320 @@
+"""PPO with a reward of whole answers: RLHF (Ouyang et al. 2022, arXiv 2203.02155; Schulman et al. 2017, 1707.06347).
+
+Start: an instruction-tuned model pi_ref = pi, prompts, a reward r(x, y): a reward model, a rule, whatever scores one
+answer. Values V: a model of its own, made from the start model (or a reward model) with a head of one output. Step t:
+
+1. Draw a batch of prompts; sample one answer y to each from the current policy, pi_old.
+2. Score them. An answer that was cut at its limit loses --ppo.missing-eos-penalty.
+3. The reward of a token is -beta (log pi_old - log pi_ref), and r on top at the last.
+4. Advantages A and returns G by GAE from the values as they are, V_old; A is whitened over the batch.
+5. For some epochs, minibatch by minibatch, one optimiser step on each of
+
+       L_pi = -min(kappa A, clip(kappa, 1 - eps, 1 + eps) A)              kappa = pi / pi_old
+       L_V  = 1/2 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2)
+
+   (means over tokens).
+6. With --ppo.kl-target, beta follows the KL divergence (Ziegler et al. 2019).
+
+RLAIF is the same with a reward model that was trained on an annotator's labels.
+
+Why values of their own, and not a head on the policy's trunk: the value loss then never moves the policy, so that all
+that is said of L_pi is said of the policy. No coefficient weighs the two losses; the value model has a learning rate.
+With --train.lora.rank policy, reference and values are adapters on one base, which is in memory once.
+
+Departures: AdamW with one learning rate a model; sampling at temperature 1, because the log-probabilities that PPO
+compares are those of temperature 1; values start at 0 where no reward model gives them a head.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from prefloop.config import Config
+from prefloop.errors import FeedbackError, InputError
+from prefloop.feedback.options import AnnotatorName, Feedback
+from prefloop.metrics import MetricsName
+from prefloop.models import ModelRef, resolve
+from prefloop.recipes.online import distinct, lengths, load_both
+from prefloop.recipes.steps import LookAt, check_room, conclude, look_at
+from prefloop.sample.options import EngineName, Server
+from prefloop.sample.sampling import Sampling
+from prefloop.seeds import derive_seed, generator
+from prefloop.train.config import Compute, Train
+
+if TYPE_CHECKING:
+    from prefloop.feedback.annotator import Annotator
+    from prefloop.feedback.scorer import ScoresResponses
+    from prefloop.records import Group, Prompt
+    from prefloop.run import Run, Stage
+    from prefloop.train.learner import Learner
+    from prefloop.train.online import OnlineLearner
+    from prefloop.train.ppo import Rollout
+
+
+class Ppo(Config):
+    """How the policy is improved on a batch of answers."""
+
+    epochs: int = Field(default=4, ge=1, description="passes over the answers of a step (TRL: 4)")
+    minibatches: int = Field(default=1, ge=1, description="optimiser steps a pass (TRL: 1)")
+    clip: float = Field(default=0.2, gt=0, description="eps of the policy (paper: 0.2)")
+    value_clip: float = Field(default=0.2, gt=0, description="eps of the values, in reward units (TRL: 0.2)")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
+    lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE (TRL: 0.95)")
+    whiten: bool = Field(default=True, description="advantages of mean 0 and standard deviation 1 over the batch")
+    kl_target: float | None = Field(
+        default=None, gt=0, description="nats an answer that beta is steered to; none: beta stays"
+    )
+    kl_horizon: int = Field(default=10_000, ge=1, description="answers over which beta is steered (Ziegler: 10,000)")
+    missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken from the reward of an answer that was cut")
+    value_learning_rate: float = Field(default=1e-5, gt=0, description="peak, of the value model")
+
+
+class PpoConfig(Config):
+    """Options of `prefloop ppo`."""
+
+    policy: str = Field(default="", description="pi_ref, the instruction-tuned model to start from")
+    value: str = Field(default="", description="what the values start from, such as a reward model; else the policy")
+    prompts: str = Field(default="", description="prompts: a file, a data set folder or hub name, or seed:train")
+    held_out: str = Field(default="", description="prompts to look at models with; a tenth of them when left out")
+    on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
+    annotator: AnnotatorName = ""
+    evaluator: str = Field(
+        default="", description="who scores the answers that models are looked at with; the annotator when left out"
+    )
+    feedback: Feedback = Field(default_factory=Feedback)
+    beta: float = Field(default=0.05, ge=0, description="price of a nat of drift from pi_ref (TRL: 0.05)")
+    ppo: Ppo = Field(default_factory=Ppo)
+    seed: int = Field(default=0, ge=0, description="of every random choice")
+    sampling: Sampling = Field(default_factory=Sampling)
+    look_at: LookAt = Field(default_factory=LookAt)
+    train: Train = Field(
+        default_factory=lambda: Train(
+            steps=500, batch_size=64, learning_rate=3e-6, warmup_steps=10, validation_pairs=0, checkpoint_every=10
+        ),
+        description="every step is one batch of prompts and all its updates (TRL: learning rate 3e-6)",
+    )
+    metrics: MetricsName = ""
+    engine: EngineName = "auto"
+    server: Server = Field(default_factory=Server)
+    compute: Compute = Field(default_factory=Compute)
+
+
+def demo() -> PpoConfig:
+    """The packaged small model, and a rule that likes answers of 25 words which keep to the prompt."""
+    return PpoConfig(
+        policy="smollm2-135m",
+        prompts="seed:train",
+        held_out="seed:held_out",
+        annotator="rule:helpful-short",
+        evaluator="rule:helpful-short",
+        ppo=Ppo(epochs=2, value_learning_rate=2e-5, missing_eos_penalty=0.5),
+        sampling=Sampling(max_new_tokens=32),
+        look_at=LookAt(answers=12, shown=4),
+        train=Train(steps=8, batch_size=6, learning_rate=1e-5, warmup_steps=1, validation_pairs=0, checkpoint_every=2),
+    )
+
+
+def ppo(cfg: PpoConfig, run: "Run") -> ModelRef:
+    """Run PPO; returns the final model, RUN/model."""
+    start = resolve(cfg.policy)
+    values = resolve(cfg.value) if cfg.value else start
+    prompts, held_out = load_both(cfg, run)
+    check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
+    annotator, evaluator = load_scorers(cfg, run)
+    look = partial(look_at, run, start, [], cfg, prompts=held_out, evaluator=evaluator)
+
+    look("start", start)
+    folder = run.round(1).stage("model", reinforce, start, values, prompts, annotator, cfg)
+    trained = ModelRef.of(folder.path, name="round-1")
+    look("round-1", trained)
+    return conclude(run, trained)
+
+
+def load_scorers(cfg: Any, run: "Run") -> "tuple[Annotator, Annotator]":
+    """Who gives the reward, and who scores the answers that models are looked at with.
+
+    Raises InputError for an annotator that cannot score one answer alone.
+    """
+    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.scorer import scores_alone
+    from prefloop.run import Stage
+
+    load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
+    annotator = load(cfg.annotator)
+    evaluator = load(cfg.evaluator) if cfg.evaluator not in ("", cfg.annotator) else annotator
+    for option, one in (("annotator", annotator), ("evaluator", evaluator)):
+        if not scores_alone(one):
+            raise InputError(
+                f"--{option} {one.name} only says which of two answers is better, and a reward is of one: train a "
+                "reward model on its labels (prefloop reward-model) and name reward-model:RUN/model"
+            )
+    return annotator, evaluator
+
+
+def reinforce(
+    start: ModelRef,
+    value_start: ModelRef,
+    prompts: "Sequence[Prompt]",
+    annotator: "ScoresResponses",
+    cfg: Any,
+    also: ModelRef | None = None,
+    *,
+    stage: "Stage",
+) -> Path:
+    """Stage: all steps, from and against `start`. `also`: another model that the drift is measured from (MPO)."""
+    from prefloop.models import load_model
+    from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
+    from prefloop.train.learner import TRAINING_LOG, batch_of_step, write_training_log
+    from prefloop.train.memory import reused_memory
+    from prefloop.train.online import OnlineLearner
+    from prefloop.train.ppo import Together
+
+    scratch, output = stage.scratch, stage.output
+    assert scratch is not None and output is not None
+    policy, values = learners(start, value_start, cfg, stage)
+    online = OnlineLearner(policy)
+    further = load_model(also, device=str(policy.model.device)).requires_grad_(False) if also else None
+    both = Together(policy, values)
+    first, log = load_checkpoint(scratch, model=both.models, optimizer=both)
+    with reused_memory(), stage.progress(cfg.train.steps, unit="steps", description="ppo") as advance:
+        advance(first)
+        for step in range(first, cfg.train.steps):
+            batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
+            seed = derive_seed(cfg.seed, "step", step)
+            groups = online.sample(distinct(batch), k=1, sampling=cfg.sampling, seed=seed)
+            row: dict[str, Any] = {"step": step + 1, "beta": beta_of_step(cfg, log), **lengths(groups)}
+            if step == first:
+                gap = online.check_sampler(online.drift(groups)[1])
+                row |= {"sampler_gap": gap} if step == 0 else {}
+            rollouts, unscored = experience(groups, annotator, online, values, cfg, beta=row["beta"])
+            row |= {"unscored": unscored, **figures(rollouts)}
+            if further is not None and rollouts:
+                there = zip(rollouts, policy.tokens(rollouts, further), strict=True)
+                row |= {"kl_start": float(np.mean([sum(rollout.logps) - sum(theirs) for rollout, theirs in there]))}
+            if not rollouts and step == 0:
+                raise FeedbackError(f"the first step has no answer with a score: {unscored}; try another --annotator")
+            if rollouts:
+                row |= update(policy, values, rollouts, step, cfg)
+            log.append(row)
+            stage.event("step", **row)
+            if step + 1 < cfg.train.steps and (step + 1) % cfg.train.checkpoint_every == 0:
+                save_checkpoint(scratch, step=step + 1, model=both.models, optimizer=both, log=log)
+            advance(1)
+    stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
+    stage.count("answers", sum(row["answers"] for row in log))
+    for row in log:
+        for reason, n in row["unscored"].items():
+            stage.count(f"answers without a score: {reason}", n)
+    stage.event("saving")
+    policy.write(output)
+    write_training_log(output / TRAINING_LOG, log)
+    return output
+
+
+def learners(
+    start: ModelRef, value_start: ModelRef, cfg: Any, stage: "Stage"
+) -> "tuple[Learner[Rollout], Learner[Rollout]]":
+    """The policy and the value model in training. The schedules count optimiser steps."""
+    from prefloop.train.learner import Learner
+    from prefloop.train.ppo import PolicyObjective, ValueObjective
+    from prefloop.train.scalar import share_frozen
+
+    updates = cfg.ppo.epochs * cfg.ppo.minibatches
+    train = cfg.train.replace(steps=cfg.train.steps * updates, warmup_steps=cfg.train.warmup_steps * updates)
+    new = partial(Learner, data=[], compute=cfg.compute, seed=cfg.seed, stage=stage)
+    policy = new(start, objective=PolicyObjective(cfg.ppo.clip), config=train)
+    values = new(value_start, objective=ValueObjective(cfg.ppo.value_clip),
+                 config=train.replace(learning_rate=cfg.ppo.value_learning_rate))  # fmt: skip
+    shared = share_frozen(values.model, policy.model)
+    if shared:
+        stage.note(f"policy, reference and values share a base of {shared / 1e6:.0f} MB")
+    return policy, values
+
+
+def beta_of_step(cfg: Any, log: Sequence[Mapping[str, Any]]) -> float:
+    """Step 6: a function of the log, so that a run which is continued goes on with the same beta."""
+    from prefloop.train.ppo import adapted
+
+    if not log:
+        return cfg.beta
+    last = log[-1]
+    if cfg.ppo.kl_target is None or not last["answers"]:
+        return last["beta"]
+    return adapted(
+        last["beta"], last["kl"], target=cfg.ppo.kl_target, horizon=cfg.ppo.kl_horizon, answers=last["answers"]
+    )
+
+
+def experience(
+    groups: "Sequence[Group]",
+    annotator: "ScoresResponses",
+    online: "OnlineLearner",
+    values: "Learner[Rollout]",
+    cfg: Any,
+    *,
+    beta: float,
+) -> "tuple[list[Rollout], dict[str, int]]":
+    """Steps 2 to 4: the scored answers with advantages and returns, and why others have no score."""
+    from prefloop.train.ppo import Rollout, with_advantages
+
+    answers = [(group.prompt, group.responses[0]) for group in groups]
+    found = list(zip(answers, annotator.score(answers), strict=True))
+    unscored = Counter(score for _, score in found if isinstance(score, str))
+    rollouts = [
+        Rollout(prompt=prompt, response=response, score=score,
+                penalty=0.0 if response.finish_reason == "stop" else cfg.ppo.missing_eos_penalty)
+        for (prompt, response), score in found
+        if not isinstance(score, str)
+    ]  # fmt: skip
+    if not rollouts:
+        return [], dict(unscored)
+    known = (online.learner.tokens(rollouts), online.reference_tokens(rollouts), values.tokens(rollouts))
+    rollouts = [
+        replace(rollout, logps=tuple(logps), reference_logps=tuple(reference), values=tuple(value))
+        for rollout, logps, reference, value in zip(rollouts, *known, strict=True)
+    ]
+    options = cfg.ppo
+    return with_advantages(
+        rollouts, beta=beta, gamma=options.gamma, lam=options.lam, whiten=options.whiten
+    ), dict(unscored)  # fmt: skip
+
+
+def figures(rollouts: "Sequence[Rollout]") -> dict[str, Any]:
+    """What a step's answers say before they are learned from. KL in nats an answer."""
+    from prefloop.train.ppo import explained_variance
+
+    if not rollouts:
+        return {"answers": 0}
+    explained = explained_variance(rollouts)
+    return {
+        "answers": len(rollouts),
+        "reward": float(np.mean([rollout.score for rollout in rollouts])),
+        "reward_std": float(np.std([rollout.score for rollout in rollouts])),
+        "kl": float(np.mean([rollout.kl for rollout in rollouts])),
+        **({} if explained is None else {"explained_variance": explained}),
+    }
+
+
+def update(
+    policy: "Learner[Rollout]", values: "Learner[Rollout]", rollouts: "Sequence[Rollout]", step: int, cfg: Any
+) -> dict[str, float]:
+    """Step 5; returns the means of what its optimiser steps say."""
+    options = cfg.ppo
+    rows: list[dict[str, float]] = []
+    for epoch in range(options.epochs):
+        order = generator(cfg.seed, "minibatches", step, epoch).permutation(len(rollouts))
+        for i, part in enumerate(np.array_split(order, min(options.minibatches, len(rollouts)))):
+            chosen = [rollouts[j] for j in part]
+            n = (step * options.epochs + epoch) * options.minibatches + i
+            ours, theirs = policy.step(chosen, n), values.step(chosen, n)
+            rows.append(
+                {"policy_loss": ours.pop("loss"), **ours, "value_loss": theirs.pop("loss"),
+                 "value_clip_fraction": theirs["value_clip_fraction"], "value_grad_norm": theirs["grad_norm"]}
+            )  # fmt: skip
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

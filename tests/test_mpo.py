@@ -1,0 +1,127 @@
+"""MPO: the split and its limits, and both stages end to end on a tiny real model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefloop.pairs.margins import Split, find_split
+from prefloop.recipes.mpo import Easy, MpoConfig, mpo
+from prefloop.recipes.ppo import Ppo
+from prefloop.recipes.steps import LookAt
+from prefloop.records import Pair, Prompt, Response
+from prefloop.run import Run
+from prefloop.sample.sampling import Sampling
+from prefloop.train.config import Compute, Train
+from tests.sample.engines import stopping_folder
+
+DELTAS = [-2.0, -0.5, 0.1, 0.4, 1.0, 1.5, 3.0, 4.0]
+
+
+def pairs_of(deltas: list[float], shift: float = 0.0, scale: float = 1.0) -> list[Pair]:
+    return [
+        Pair(
+            prompt=Prompt.of(f"Q{i}"),
+            chosen=Response(text="a"),
+            rejected=Response(text="b"),
+            chosen_score=scale * (delta + shift * i),
+            rejected_score=scale * shift * i,
+        )
+        for i, delta in enumerate(deltas)
+    ]
+
+
+def easy_of(pairs: list[Pair], **options: Any) -> list[int]:
+    split = find_split(pairs, **{"threshold": None, "easy": 0.5, "margin": "signed", **options})
+    easy = [i for i, pair in enumerate(pairs) if split.is_easy(pair)]
+    assert split.easy == len(easy) and split.easy + split.hard == len(pairs)
+    return easy
+
+
+def test_the_split_is_above_the_threshold() -> None:
+    pairs = pairs_of(DELTAS)
+    assert easy_of(pairs) == [4, 5, 6, 7]
+    assert easy_of(pairs, margin="abs") == [0, 5, 6, 7]  # a label that the scores contradict clearly
+    assert easy_of(pairs, threshold=0.0) == [2, 3, 4, 5, 6, 7]
+    std = (sum((d - sum(DELTAS) / 8) ** 2 for d in DELTAS) / 8) ** 0.5
+    assert find_split(pairs, threshold=1.0, easy=0.5, margin="signed").std == pytest.approx(std)
+    assert easy_of(pairs, threshold=1.0) == [i for i, d in enumerate(DELTAS) if d > std] == [6, 7]
+
+
+def test_the_limits_of_the_threshold() -> None:
+    pairs = pairs_of(DELTAS)
+    assert easy_of(pairs, threshold=-math.inf) == list(range(8)) and easy_of(pairs, threshold=math.inf) == []
+    sizes = [len(easy_of(pairs, threshold=t)) for t in (-3.0, -1.0, 0.0, 0.5, 1.0, 2.0)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 3
+
+
+def test_shifts_of_a_prompts_rewards_and_the_scale_of_all_change_nothing() -> None:
+    plain = easy_of(pairs_of(DELTAS), threshold=0.7)
+    assert easy_of(pairs_of(DELTAS, shift=5.0), threshold=0.7) == plain
+    assert easy_of(pairs_of(DELTAS, scale=100.0), threshold=0.7) == plain
+    assert easy_of(pairs_of([1.0, 1.0]), threshold=0.5) == [0, 1]  # no spread: units of 1
+
+
+def test_a_split_reads_back() -> None:
+    split = find_split(pairs_of(DELTAS), threshold=None, easy=0.65, margin="abs")
+    assert Split.from_json(split.to_json()) == split
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> MpoConfig:
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, first: int, n: int) -> str:
+        rows = [
+            {"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No, {i}.", "chosen_score": float(i % 4),
+             "rejected_score": 1.0}
+            for i in range(first, first + n)
+        ]  # fmt: skip
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(folder / name)
+
+    train = Train(steps=2, batch_size=4, learning_rate=1e-3, warmup_steps=0, validation_pairs=0, checkpoint_every=1)
+    return MpoConfig(
+        policy=str(stopping_folder().path),
+        pairs=write("pairs.jsonl", 0, 12),
+        held_out=write("held_out.jsonl", 50, 3),
+        annotator="rule:short",
+        threshold=0.0,
+        easy=Easy(train=train),
+        ppo=Ppo(epochs=1),
+        train=train,
+        sampling=Sampling(max_new_tokens=12),
+        look_at=LookAt(answers=2, shown=1),
+        compute=Compute(device="cpu", dtype="float32", sampling_dtype="float32"),
+        engine="transformers",
+    )
+
+
+def run_mpo(cfg: MpoConfig, out: Path) -> tuple[Path, dict[str, Any]]:
+    with Run.open(out, recipe="mpo", config=cfg) as run:
+        mpo(cfg, run)
+    return out, json.loads((out / "manifest.json").read_text())["stages"]
+
+
+def test_ppo_goes_on_from_the_dpo_model_and_is_measured_against_both(cfg: MpoConfig, tmp_path: Path) -> None:
+    run, stages = run_mpo(cfg, tmp_path / "run")
+    counts = stages["data/split"]["counts"]
+    assert counts == {"easy pairs": 6, "hard pairs": 6, "pairs whose label the scores contradict": 3}
+    rows = [json.loads(line) for line in (run / "round-2/model/training_log.jsonl").read_text().splitlines()]
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)  # from pi_DPO, where it begins
+    assert abs(rows[0]["kl_start"]) > 1e-2  # from pi_SFT
+    assert rows[1]["kl"] != 0.0
+    assert "round-1/checkup" in stages and "round-2/checkup" in stages
+
+
+@pytest.mark.parametrize(("threshold", "there", "not_there"), [(-99.0, 1, 2), (99.0, 2, 1)])
+def test_at_its_limits_it_is_dpo_or_ppo(
+    cfg: MpoConfig, tmp_path: Path, threshold: float, there: int, not_there: int
+) -> None:
+    run, stages = run_mpo(cfg.replace(threshold=threshold), tmp_path / "run")
+    assert f"round-{there}/model" in stages and f"round-{not_there}/model" not in stages
+    if there == 2:  # plain PPO: its reference is the start
+        rows = [json.loads(line) for line in (run / "round-2/model/training_log.jsonl").read_text().splitlines()]
+        assert rows[1]["kl"] == pytest.approx(rows[1]["kl_start"], abs=1e-4)

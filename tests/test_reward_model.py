@@ -1,0 +1,226 @@
+"""`prefloop reward-model` end to end on a tiny real model: folds, figures, the same bytes, and its use as annotator."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefloop.cli import main
+from prefloop.errors import InputError
+from prefloop.evaluate.reward_pairs import RewardPairs, reward_pairs
+from prefloop.feedback.annotator import Comparison, sigmoid
+from prefloop.feedback.options import Feedback
+from prefloop.feedback.registry import load_annotator
+from prefloop.models import ModelRef
+from prefloop.recipes import reward_model as recipe
+from prefloop.recipes.reward_model import RewardModelConfig, deal, reward_model
+from prefloop.records import Group, Pair, Prompt, Response
+from prefloop.report.page import page_of, render
+from prefloop.report.story import read_story
+from prefloop.run import Run, Stage
+from prefloop.train.config import Compute, Train
+from prefloop.train.learner import Learner
+from tests.tiny import save_tiny_model
+
+COMPUTE = Compute(device="cpu", dtype="float32")
+
+
+def write_pairs(file: Path, first: int, n: int) -> str:
+    """Pairs whose chosen answer is the one with an exclamation mark."""
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"Yes {i}!", "rejected": f"No, {i}.."} for i in range(first, first + n)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> RewardModelConfig:
+    folder = tmp_path_factory.mktemp("data")
+    return RewardModelConfig(
+        policy=str(save_tiny_model(folder / "tiny", seed=3)),
+        pairs=write_pairs(folder / "pairs.jsonl", 0, 12),
+        held_out=write_pairs(folder / "held_out.jsonl", 100, 6),
+        folds=2,
+        train=Train(
+            steps=3, batch_size=4, learning_rate=3e-3, warmup_steps=0, validation_pairs=2, validate_every=3,
+            checkpoint_every=2,
+        ),
+        compute=COMPUTE,
+    )  # fmt: skip
+
+
+def run_recipe(cfg: RewardModelConfig, out: Path) -> Path:
+    with Run.open(out, recipe="reward-model", config=cfg) as run:
+        reward_model(cfg, run)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(cfg: RewardModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_recipe(cfg, tmp_path_factory.mktemp("run") / "run")
+
+
+def pairs_in(file: Path) -> list[Pair]:
+    return [Pair.from_json(line) for line in file.read_text().splitlines()]
+
+
+def test_no_pair_is_scored_by_a_model_that_was_trained_on_its_prompt(finished: Path) -> None:
+    scored = [pairs_in(finished / f"fold-{i}/scored.jsonl") for i in (1, 2)]
+    prompts = [{pair.prompt.id for pair in part} for part in scored]
+    assert len(prompts[0]) == len(prompts[1]) == 6 and not prompts[0] & prompts[1]
+    together = pairs_in(finished / "cross-fit/pairs.jsonl")
+    assert [pair.prompt.messages[0].content for pair in together] == [f"Question {i}?" for i in range(12)]
+    assert sorted(p.chosen_score or 0 for p in together) == sorted(p.chosen_score or 0 for part in scored for p in part)
+    groups = [Group.from_json(line) for line in (finished / "cross-fit/groups.jsonl").read_text().splitlines()]
+    assert [r.score for g in groups for r in g.responses] == [
+        s for p in together for s in (p.chosen_score, p.rejected_score)
+    ]
+    # A fold's own model gives its pairs the scores on file; the model of the other fold, which has seen them, does not.
+    pair = scored[0][0]
+    for fold, same in ((1, True), (2, False)):
+        annotator: Any = load_annotator(f"reward-model:{finished}/fold-{fold}/model", Feedback(), compute=COMPUTE)
+        [found] = annotator.score([(pair.prompt, pair.chosen)])
+        assert (abs(found - (pair.chosen_score or 0)) < 1e-4) == same
+
+
+def test_figures_of_scored_pairs() -> None:
+    def pair(chosen: float, rejected: float) -> Pair:
+        a, b = Response(text="a"), Response(text="b")
+        return Pair(prompt=Prompt.of("Q"), chosen=a, rejected=b, chosen_score=chosen, rejected_score=rejected)
+
+    found = reward_pairs([pair(1.0, 0.0), pair(0.0, 2.0), pair(1.0, 1.0), pair(3.0, 0.0)])
+    margins = [1.0, -2.0, 0.0, 3.0]
+    assert found.overall.accuracy[0] == 2.5 / 4 and found.overall.margin[0] == 0.5
+    assert found.log_loss == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in margins]))
+    assert found.brier == pytest.approx(np.mean([(1 - sigmoid(m)) ** 2 for m in margins]))
+    assert found.mean == 1.0 and found.std == pytest.approx(np.std([1, 0, 0, 2, 1, 1, 3, 0]))
+    with pytest.raises(InputError, match="no scored pairs"):
+        reward_pairs([])
+
+
+def test_the_report_the_page_and_the_card_tell_how_good_it_is(finished: Path) -> None:
+    ranking = RewardPairs.from_json((finished / "round-1/ranking.json").read_text())
+    scored = pairs_in(finished / "round-1/scored.jsonl")
+    assert ranking.overall.accuracy[0] == np.mean([(p.chosen_score or 0) > (p.rejected_score or 0) for p in scored])
+    story = read_story(finished)
+    assert [r.label for r in story.rounds if r.ranking] == ["fold-1", "fold-2", "cross-fit", "round-1"]
+    card, report = (finished / "model/README.md").read_text(), (finished / "report.md").read_text()
+    for text in (card, report):
+        assert "| pairs ranked right |" in text and "| calibration error |" in text and "| Brier score |" in text
+    assert "text-classification" in card and "AutoModelForSequenceClassification" in card
+    page = page_of([story])
+    assert f"pairs ranked right {ranking.overall.accuracy[0]:.2f} [" in page.runs[
+        0
+    ].summary and "Pairs ranked right" in render(page)
+    assert "Rewards" in [chart.title for _, charts in page.charts for chart in charts]
+
+
+def test_it_judges_wherever_an_annotator_is_named(
+    finished: Path, cfg: RewardModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotator = load_annotator(f"reward-model:{finished}/model", Feedback(), compute=COMPUTE)
+    [pair, *_] = scored = pairs_in(finished / "round-1/scored.jsonl")
+    [judged] = annotator.judge([Comparison(pair.prompt, pair.chosen, pair.rejected)])
+    assert judged.p == pytest.approx(sigmoid((pair.chosen_score or 0) - (pair.rejected_score or 0)), abs=1e-5)
+    out = tmp_path / "check.json"
+    command = [
+        "judge",
+        "check",
+        "--annotator",
+        f"reward-model:{finished}/model",
+        "--gold",
+        cfg.held_out,
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--compute.device", "cpu"]) == 0
+    assert json.loads(out.read_text())["agreement"][0] == reward_pairs(scored).overall.accuracy[0]
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_killed_run_ends_in_the_same_bytes(
+    cfg: RewardModelConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = Learner.step
+    seen: list[int] = []
+
+    def dying(*args: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 6:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", dying)
+        with pytest.raises(Killed):
+            run_recipe(cfg, tmp_path / "run")
+    run_recipe(cfg, tmp_path / "run")
+    for name in (
+        "model/model.safetensors",
+        "model/README.md",
+        "cross-fit/pairs.jsonl",
+        "round-1/model/training_log.jsonl",
+    ):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_an_annotator_labels_own_answers(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(8)))
+    own = cfg.replace(
+        pairs="", prompts=str(prompts), annotator="rule:long", held_out="", folds=0, train__steps=1,
+        sampling__max_new_tokens=8, engine="transformers",
+    )  # fmt: skip
+    out = run_recipe(own, tmp_path / "run")
+    labelled = pairs_in(out / "data/labelled.jsonl")
+    assert labelled and all(pair.chosen.length_chars > pair.rejected.length_chars for pair in labelled)
+    assert {pair.prompt.id for pair in pairs_in(out / "data/pairs.jsonl")} <= {pair.prompt.id for pair in labelled}
+    with pytest.raises(InputError, match="--prompts needs an --annotator"):
+        run_recipe(own.replace(annotator=""), tmp_path / "other")
+
+
+def test_an_annotator_labels_pairs_anew(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", recipe="reward-model", config=cfg) as run:
+        again = recipe.preferences(cfg.replace(annotator="rule:long"), run, ModelRef.of(Path(cfg.policy)))
+    assert [pair.chosen.text for pair in again] == [f"No, {i}.." for i in range(12)]
+
+
+def test_folds_are_dealt_by_prompt() -> None:
+    pairs = [
+        Pair(prompt=Prompt.of(f"Q{i % 5}"), chosen=Response(text=f"a{i}"), rejected=Response(text=f"b{i}"))
+        for i in range(15)
+    ]
+    folds = deal(pairs, 3, seed=1)
+    assert sorted(pair.chosen.text for fold in folds for pair in fold) == sorted(pair.chosen.text for pair in pairs)
+    assert sorted(len({pair.prompt.id for pair in fold}) for fold in folds) == [1, 2, 2]
+    assert sum(len({pair.prompt.id for pair in fold}) for fold in folds) == 5
+    assert deal(pairs, 0, seed=1) == []
+    with pytest.raises(InputError, match="folds = 6: there are 5 prompts"):
+        deal(pairs, 6, seed=1)
+
+
+def test_one_fold_is_refused(cfg: RewardModelConfig) -> None:
+    with pytest.raises(InputError, match="folds = 1: a model that has not seen"):
+        cfg.replace(folds=1)
+
+
+def test_what_does_not_fit_is_dropped_and_counted(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    pairs = [
+        Pair(prompt=Prompt.of("Q"), chosen=Response(text="x" * 2000), rejected=Response(text="b")),
+        Pair(prompt=Prompt.of("Q"), chosen=Response(text="b "), rejected=Response(text="b")),
+        Pair(prompt=Prompt.of("Q"), chosen=Response(text="a"), rejected=Response(text="b")),
+    ]
+    stage = Stage.detached()
+    assert recipe.whole_pairs(pairs, ModelRef.of(Path(cfg.policy)), stage=stage) == pairs[2:]
+    assert stage.counts == {
+        "pairs dropped: longer than the context of 1024 tokens": 1,
+        "pairs dropped: the same conversation twice": 1,
+        "pairs kept": 1,
+    }
