@@ -5,11 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= runs/demo
+DEMOS ?= runs/demos
 
-.PHONY: demo test test-slow check format browser clean
+.PHONY: demo demo-all test test-slow check format browser clean
 
 demo: $(READY)
 	$(BIN)/prefloop dice --preset demo --out $(DEMO)
+
+# The demo of every recipe, one after another, and one table; each takes minutes. Started again, it continues.
+demo-all: $(READY)
+	$(BIN)/python benchmarks/demo_all.py --out $(DEMOS)
 
 # One process a core with one thread each: the tests' models are too small to gain from more threads.
 test: $(READY)

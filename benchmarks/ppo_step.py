@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from prefloop.seeds import derive_seed
     from prefloop.train.config import Compute, Lora, Train
     from prefloop.train.memory import reused_memory
-    from prefloop.train.online import OnlineLearner
+    from prefloop.train.ppo import ActorCritic
     from prefloop.train.scalar import load_scalar_model
     from workloads import WORKLOADS, make_items, peak_memory
 
@@ -67,27 +67,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             compute=compute,
         )  # fmt: skip
         annotator: Any = load_annotator(cfg.annotator, cfg.feedback, compute=compute)
-        real_score = annotator.score
-
-        def score(answers: Any) -> Any:
-            with timed("scoring"):
-                return real_score(answers)
-
-        annotator.score = score
-        policy, values = learners(ref, ref, cfg, Stage.detached())
-        online = OnlineLearner(policy)
+        online = ActorCritic(*learners(ref, ref, cfg, Stage.detached()))
         tokens = []
         for step in range(args.steps):
             batch = prompts[step * args.batch : (step + 1) * args.batch]
             with timed("sampling"):
                 groups = online.sample(batch, k=1, sampling=cfg.sampling, seed=derive_seed(0, "step", step))
             tokens.append(sum(group.responses[0].length_tokens for group in groups))
-            with timed("scoring and passes"):
-                rollouts, _ = experience(groups, annotator, online, values, cfg, beta=cfg.beta)
+            with timed("scoring"):
+                scores = annotator.score([(group.prompt, group.responses[0]) for group in groups])
+            with timed("passes"):
+                rollouts = experience(groups, scores, online, cfg, beta=cfg.beta)
             with timed("update"):
-                update(policy, values, rollouts, step, cfg)
+                update(online, rollouts, step, cfg)
     found = {what: median(seconds[1:]) for what, seconds in spent.items()}
-    found["passes"] = found.pop("scoring and passes") - found["scoring"]
     total = sum(found.values())
     return {
         "lora": args.lora,

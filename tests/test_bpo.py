@@ -80,19 +80,23 @@ class Killed(BaseException):
 def test_a_killed_run_ends_in_the_same_bytes(
     cfg: BpoConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    """Interrupted in step 3, which has taken the behaviour model anew before it asks, and leaves a checkpoint of that;
+    killed in step 5, where the checkpoint after step 3 is in the middle of a phase.
+    """
     real = recipe.preferences
+    for at, how in ((3, KeyboardInterrupt), (3, Killed)):
+        asked: list[int] = []
 
-    def dying(*args: Any) -> Any:
-        asked.append(1)
-        if len(asked) == 5:  # in step 5; the checkpoint after step 3 is in the middle of a phase
-            raise Killed
-        return real(*args)
+        def dying(*args: Any, asked: list[int] = asked, at: int = at, how: Any = how) -> Any:
+            asked.append(1)
+            if len(asked) == at:
+                raise how
+            return real(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "preferences", dying)
-        with pytest.raises(Killed):
-            run_bpo(cfg, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe, "preferences", dying)
+            with pytest.raises(how):
+                run_bpo(cfg, tmp_path / "run")
     run_bpo(cfg, tmp_path / "run")
     for name in ("model/model.safetensors", "round-1/model/training_log.jsonl", "round-1/answers.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name

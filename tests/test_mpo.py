@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from prefloop.errors import CheckFailed, InputError
 from prefloop.pairs.margins import Split, find_split
+from prefloop.recipes import ppo
 from prefloop.recipes.mpo import Easy, MpoConfig, mpo
 from prefloop.recipes.ppo import Ppo
 from prefloop.recipes.steps import LookAt
@@ -15,6 +17,7 @@ from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Train
+from tests.feedback.annotators import save_tiny_reward_model
 from tests.sample.engines import stopping_folder
 
 DELTAS = [-2.0, -0.5, 0.1, 0.4, 1.0, 1.5, 3.0, 4.0]
@@ -55,6 +58,19 @@ def test_the_limits_of_the_threshold() -> None:
     assert easy_of(pairs, threshold=-math.inf) == list(range(8)) and easy_of(pairs, threshold=math.inf) == []
     sizes = [len(easy_of(pairs, threshold=t)) for t in (-3.0, -1.0, 0.0, 0.5, 1.0, 2.0)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 3
+
+
+@pytest.mark.parametrize("margin", ["signed", "abs"])
+def test_the_limits_of_the_share(margin: str) -> None:
+    for scale in (1.0, 0.1, 0.3, 7.0):
+        pairs = pairs_of(DELTAS, scale=scale)
+        assert (
+            easy_of(pairs, easy=1.0, margin=margin) == list(range(8)) and easy_of(pairs, easy=0.0, margin=margin) == []
+        )
+        # Where the cut is a pair's own margin, the pair is hard, however the division by std rounds.
+        assert [len(easy_of(pairs, easy=i / 7, margin=margin)) for i in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(CheckFailed, match="no pair has a score for both answers"):
+        find_split([], threshold=None, easy=0.5, margin="signed")
 
 
 def test_shifts_of_a_prompts_rewards_and_the_scale_of_all_change_nothing() -> None:
@@ -105,8 +121,13 @@ def run_mpo(cfg: MpoConfig, out: Path) -> tuple[Path, dict[str, Any]]:
     return out, json.loads((out / "manifest.json").read_text())["stages"]
 
 
-def test_ppo_goes_on_from_the_dpo_model_and_is_measured_against_both(cfg: MpoConfig, tmp_path: Path) -> None:
-    run, stages = run_mpo(cfg, tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(cfg: MpoConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    return run_mpo(cfg, tmp_path_factory.mktemp("mpo") / "run")
+
+
+def test_ppo_goes_on_from_the_dpo_model_and_is_measured_against_both(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, stages = finished
     counts = stages["data/split"]["counts"]
     assert counts == {"easy pairs": 6, "hard pairs": 6, "pairs whose label the scores contradict": 3}
     rows = [json.loads(line) for line in (run / "round-2/model/training_log.jsonl").read_text().splitlines()]
@@ -114,6 +135,31 @@ def test_ppo_goes_on_from_the_dpo_model_and_is_measured_against_both(cfg: MpoCon
     assert abs(rows[0]["kl_start"]) > 1e-2  # from pi_SFT
     assert rows[1]["kl"] != 0.0
     assert "round-1/checkup" in stages and "round-2/checkup" in stages
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_killed_run_ends_in_the_same_bytes(
+    cfg: MpoConfig, finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second step of PPO: what it goes on from, and the reference, are still pi_DPO."""
+    real, seen = ppo.update, []
+
+    def dying(*args: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "update", dying)
+        with pytest.raises(Killed):
+            run_mpo(cfg, tmp_path / "run")
+    run_mpo(cfg, tmp_path / "run")
+    for name in ("model/model.safetensors", "round-2/model/training_log.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("threshold", "there", "not_there"), [(-99.0, 1, 2), (99.0, 2, 1)])
@@ -125,3 +171,14 @@ def test_at_its_limits_it_is_dpo_or_ppo(
     if there == 2:  # plain PPO: its reference is the start
         rows = [json.loads(line) for line in (run / "round-2/model/training_log.jsonl").read_text().splitlines()]
         assert rows[1]["kl"] == pytest.approx(rows[1]["kl_start"], abs=1e-4)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_computed(cfg: MpoConfig, tmp_path: Path) -> None:
+    other = save_tiny_reward_model(tmp_path / "other", template="zephyr")
+    for options, message in (
+        ({"annotator": ""}, "--annotator is missing"),
+        ({"value": str(other)}, "--value .*other and --policy .* have different tokenizers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_mpo(cfg.replace(**options), tmp_path / "run")
+        assert not (tmp_path / "run/start").exists()

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from prefloop.errors import InputError
+from prefloop.errors import FeedbackError, InputError
+from prefloop.feedback.registry import load_annotator
+from prefloop.feedback.reward_model import RewardModel
 from prefloop.recipes import ppo as recipe
 from prefloop.recipes.ppo import Ppo, PpoConfig, beta_of_step, ppo
 from prefloop.recipes.steps import LookAt
+from prefloop.records import Prompt, Response
 from prefloop.report.page import page_of
 from prefloop.report.story import read_story
 from prefloop.run import Run
@@ -96,25 +99,60 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("kill_at", [3])
 def test_a_killed_run_ends_in_the_same_bytes(
-    cfg: PpoConfig, finished: Path, tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
+    cfg: PpoConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = recipe.update, []
+    """Interrupted while the last step's answers are scored, where the model stands still; then killed in its update."""
+    for where, what, at, how in ((RewardModel, "score", 4, KeyboardInterrupt), (recipe, "update", 1, Killed)):
+        real, seen = getattr(where, what), []
 
-    def dying(*args: Any) -> Any:
-        seen.append(1)
-        if len(seen) == kill_at + 1:
-            raise Killed
-        return real(*args)
+        def dying(*args: Any, real: Any = real, seen: list[int] = seen, at: int = at, how: Any = how) -> Any:
+            seen.append(1)
+            if len(seen) == at:
+                raise how
+            return real(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "update", dying)
-        with pytest.raises(Killed):
-            run_ppo(cfg, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, dying)
+            with pytest.raises(how):
+                run_ppo(cfg, tmp_path / "run")
+        assert [file.name for file in (tmp_path / "run/round-1/model.partial").glob("checkpoint-*")] == ["checkpoint-3"]
     run_ppo(cfg, tmp_path / "run")
-    for name in ("model/model.safetensors", "round-1/model/training_log.jsonl", "round-1/answers.jsonl"):
+    for name in ("model/model.safetensors", "round-1/model/training_log.jsonl", "round-1/model/feedback.jsonl",
+                 "round-1/answers.jsonl"):  # fmt: skip
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_every_answer_is_on_record_with_its_score(finished: Path, cfg: PpoConfig) -> None:
+    rows = [json.loads(line) for line in (finished / "round-1/model/feedback.jsonl").read_text().splitlines()]
+    for logged in log_of(finished):
+        scores = [row["score"] for row in rows if row["step"] == logged["step"]]
+        assert len(scores) == 6 and sum(scores) / 6 == pytest.approx(logged["reward"])
+    annotator: Any = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute)
+    again = annotator.score([(Prompt.model_validate(row["prompt"]), Response(text=row["answer"])) for row in rows[:3]])
+    assert again == pytest.approx([row["score"] for row in rows[:3]], abs=1e-5)
+    finish_reasons = [row["finish_reason"] for row in rows if row["step"] == 1]
+    assert finish_reasons.count("stop") / 6 == log_of(finished)[0]["finished"]
+
+
+def test_answers_without_a_score_are_counted_and_none_at_all_ends_the_run(cfg: PpoConfig, tmp_path: Path) -> None:
+    some = cfg.replace(annotator=f"rule:{__name__}:likes_short_ones", evaluator="rule:long", train__steps=2)
+    run = run_ppo(some, tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "round-1/model/feedback.jsonl").read_text().splitlines()]
+    unscored = [row for row in rows if row["outcome"] == "unscored"]
+    assert 0 < len(unscored) < 12 and {row["reason"] for row in unscored} == {"the rule gave no answer"}
+    counts = read_story(run).stages["round-1/model"]["counts"]
+    assert counts == {"answers": 12 - len(unscored), "answers without a score: the rule gave no answer": len(unscored)}
+    with pytest.raises(FeedbackError, match=r"no answer with a score \(6 the rule gave no answer\); try another"):
+        run_ppo(some.replace(annotator=f"rule:{__name__}:likes_none"), tmp_path / "none")
+
+
+def likes_short_ones(prompt: Prompt, response: Response) -> float | None:
+    return None if response.finish_reason == "length" else -float(response.length_chars)
+
+
+def likes_none(prompt: Prompt, response: Response) -> float | None:
+    return None
 
 
 def test_with_adapters_policy_reference_and_values_share_their_base(cfg: PpoConfig, tmp_path: Path) -> None:
@@ -130,6 +168,29 @@ def test_with_adapters_policy_reference_and_values_share_their_base(cfg: PpoConf
 def test_beta_stays_without_a_target(cfg: PpoConfig) -> None:
     fixed = cfg.replace(ppo__kl_target=None)
     assert beta_of_step(fixed, [{"beta": 0.3, "kl": 50.0, "answers": 6}]) == 0.3
+
+
+def test_what_cannot_be_is_refused_before_anything_is_computed(cfg: PpoConfig, tmp_path: Path) -> None:
+    other = save_tiny_reward_model(tmp_path / "other", template="zephyr")
+    for options, message in (
+        ({"annotator": ""}, "--annotator is missing"),
+        ({"value": str(other)}, "--value .*other and --policy .* have different tokenizers"),
+        ({"beta": 0.0}, "ppo.kl_target = 1 with beta = 0: beta is steered by factors"),
+        ({"sampling__max_new_tokens": 5000}, "with 5000 new ones it does not fit the model's context"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_ppo(cfg.replace(**options), tmp_path / "run")
+        assert not (tmp_path / "run").exists(), message
+
+
+def test_samples_that_are_not_of_the_policy_are_told(cfg: PpoConfig, tmp_path: Path) -> None:
+    notes: list[str] = []
+    with Run.open(tmp_path / "run", recipe="ppo", config=cfg) as run:
+        run.note = lambda text, stage=None: notes.append(text)
+        recipe.check_options(cfg, run)
+        assert not notes
+        recipe.check_options(cfg.replace(sampling__temperature=0.7, sampling__top_p=0.9), run)
+    assert len(notes) == 1 and "answers are sampled with temperature 0.7, top_p 0.9" in notes[0]
 
 
 @pytest.mark.parametrize("annotator", ["rule:short+rule:long", "rule:tests.feedback.annotators:prefers_a_vowel"])

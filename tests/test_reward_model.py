@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from prefloop.cli import main
+from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
 from prefloop.evaluate.reward_pairs import RewardPairs, reward_pairs
 from prefloop.feedback.annotator import Comparison, sigmoid
 from prefloop.feedback.options import Feedback
 from prefloop.feedback.registry import load_annotator
-from prefloop.models import ModelRef
+from prefloop.feedback.reward_model import conversation_ids
+from prefloop.models import ModelRef, load_tokenizer
 from prefloop.recipes import reward_model as recipe
 from prefloop.recipes.reward_model import RewardModelConfig, deal, reward_model
 from prefloop.records import Group, Pair, Prompt, Response
@@ -211,16 +213,48 @@ def test_one_fold_is_refused(cfg: RewardModelConfig) -> None:
         cfg.replace(folds=1)
 
 
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_computed(
+    cfg: RewardModelConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "system.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Q"}],
+                                "chosen": "a", "rejected": "b"}) + "\n")  # fmt: skip
+    picky = save_tiny_model(tmp_path / "picky", seed=3)
+    template = (picky / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (picky / "chat_template.jinja").write_text(refusal + template)
+    for options, message in (
+        ({"margin": 0.5}, "margin = 0.5: the pair of prompt .* has no scores"),
+        ({"margin": 0.5, "annotator": "rule:long"}, "margin = 0.5: an --annotator's labels come without the scores"),
+        ({"policy": str(picky), "pairs": str(file)}, "has a system message, which the model's chat template does not"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_recipe(cfg.replace(**options), tmp_path / "run")
+        assert not list((tmp_path / "run").rglob("model*")), message
+
+
+def test_held_out_prompts_are_not_trained_on(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    both = cfg.replace(held_out=write_pairs(tmp_path / "held_out.jsonl", 9, 6))
+    with Run.open(tmp_path / "run", recipe="reward-model", config=both) as run:
+        pairs, held_out = recipe.load_both(both, run, ModelRef.of(Path(cfg.policy)))
+    assert [pair.prompt.messages[0].content for pair in pairs] == [f"Question {i}?" for i in range(9)]
+    assert len(held_out) == 6
+
+
 def test_what_does_not_fit_is_dropped_and_counted(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    chat = ChatFormat(load_tokenizer(ModelRef.of(Path(cfg.policy))))
+    room = 1024 - len(conversation_ids(chat, Prompt.of("Q"), ""))
     pairs = [
         Pair(prompt=Prompt.of("Q"), chosen=Response(text="x" * 2000), rejected=Response(text="b")),
         Pair(prompt=Prompt.of("Q"), chosen=Response(text="b "), rejected=Response(text="b")),
+        Pair(prompt=Prompt.of("Q"), chosen=Response(text="x" * (room + 1)), rejected=Response(text="b")),
+        Pair(prompt=Prompt.of("Q"), chosen=Response(text="x" * room), rejected=Response(text="b")),
         Pair(prompt=Prompt.of("Q"), chosen=Response(text="a"), rejected=Response(text="b")),
     ]
     stage = Stage.detached()
-    assert recipe.whole_pairs(pairs, ModelRef.of(Path(cfg.policy)), stage=stage) == pairs[2:]
+    assert recipe.whole_pairs(pairs, ModelRef.of(Path(cfg.policy)), stage=stage) == pairs[3:]
     assert stage.counts == {
-        "pairs dropped: longer than the context of 1024 tokens": 1,
+        "pairs dropped: longer than the context of 1024 tokens": 2,
         "pairs dropped: the same conversation twice": 1,
-        "pairs kept": 1,
+        "pairs kept": 2,
     }

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefloop.errors import InputError
+from prefloop.errors import FeedbackError, InputError
 from prefloop.recipes import sail as recipe
+from prefloop.recipes.online import check_there_are_pairs
 from prefloop.recipes.sail import (
     Drawn,
     SailConfig,
@@ -185,6 +186,14 @@ def test_answers_without_a_label_are_counted_and_kept_in_their_order() -> None:
     assert [(one.chosen.text, one.rejected.text) for one in pairs] == [("a", "b")]
     assert counts == {"pairs": 1, "identical": 1, "unfinished": 1}
     assert unlabelled(groups, "keep")[1] == {"pairs": 2, "identical": 1, "unfinished": 0}
+
+
+def test_steps_that_ask_nothing_do_not_end_the_run() -> None:
+    """Where few examples are routed, the first question may come late and be a tie."""
+    quiet, tie = {"step": 1, "loss": 0.7}, {"step": 2, "pairs": 0, "tie": 1}
+    check_there_are_pairs([], [], [quiet] * 6 + [tie], step=7)
+    with pytest.raises(FeedbackError, match="the first 8 steps have given no pair"):
+        check_there_are_pairs([], [], [quiet] * 5 + [tie] * 2, step=7)
 
 
 def test_the_baseline_is_a_running_mean_of_earlier_steps() -> None:

@@ -16,7 +16,8 @@ from prefloop.models import ModelRef
 from prefloop.records import Prompt, Response
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
-from prefloop.train.losses import PairLogps, dpo
+from prefloop.train.losses import PairLogps
+from prefloop.train.losses.pairwise import dpo
 from prefloop.train.ppo import (
     PolicyObjective,
     Rollout,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.tiny import Template, save_tiny_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, CodeGenConfig
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed, InputError
@@ -19,7 +19,14 @@ from prefloop.train.learner import Learner
 from prefloop.train.logprobs import Path as LogpsPath
 from prefloop.train.logprobs import choose_path
 from prefloop.train.reward import RewardObjective, bradley_terry, conversation_group
-from prefloop.train.scalar import last_values, load_scalar_model, response_values, scalar_head, share_frozen
+from prefloop.train.scalar import (
+    check_has_classifier,
+    last_values,
+    load_scalar_model,
+    response_values,
+    scalar_head,
+    share_frozen,
+)
 
 COMPUTE = Compute(device="cpu", dtype="float32", tokens_per_forward=200)
 TRAIN = Train(steps=4, batch_size=4, learning_rate=5e-3, warmup_steps=0)
@@ -129,6 +136,13 @@ def test_a_head_that_is_not_zero_is_no_new_head(start: ModelRef, tmp_path: Path)
     learner.write(tmp_path / "reward")
     with pytest.raises(CheckFailed, match="the start model is a reward model already"):
         new_learner(ModelRef.of(tmp_path / "reward")).step(PAIRS, 0)
+
+
+def test_a_model_without_a_classifier_is_known_from_its_configuration(start: ModelRef, tmp_path: Path) -> None:
+    check_has_classifier(start)
+    CodeGenConfig(n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no reward or value model can be made of m \(codegen\); expected a causal"):
+        check_has_classifier(ModelRef(name="m", path=tmp_path, fingerprint="", weights=""))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from prefloop.errors import CheckFailed
 from prefloop.records import Pair, Record
 from prefloop.run import Stage
 
@@ -19,35 +20,45 @@ Margin = Literal["signed", "abs"]
 
 
 class Split(Record):
-    """Where pairs are parted; `threshold` in units of `std`. With "abs" a contradicted label can be easy."""
+    """Where pairs are parted. With "abs" a contradicted label can be easy."""
 
-    threshold: float
+    cut: float = Field(description="easy pairs have a larger delta, in the units of the rewards")
     std: float = Field(description="of delta; 1 where all are the same")
     margin: Margin
     easy: int
     hard: int
 
+    @property
+    def threshold(self) -> float:
+        """The cut in units of `std`."""
+        return self.cut / self.std
+
     def is_easy(self, pair: Pair) -> bool:
-        return _size(_delta(pair), self.margin) > self.threshold * self.std
+        return _size(_delta(pair), self.margin) > self.cut
 
 
 def find_split(
     pairs: Sequence[Pair], *, threshold: float | None, easy: float, margin: Margin, stage: Stage | None = None
 ) -> Split:
-    """Stage: the split at `threshold`, or, where it is None, at the one that leaves about a share `easy` of scored
-    pairs above it.
+    """Stage: the split at `threshold`, in standard deviations, or, where it is None, at the one that leaves about a
+    share `easy` of the pairs above it; 0 leaves none there and 1 all. Raises CheckFailed where there are no pairs.
     """
     stage = stage or Stage.detached()
+    if not pairs:
+        raise CheckFailed("no pair has a score for both answers; the counts of the stage before say why there are none")
     deltas = np.array([_delta(pair) for pair in pairs])
     std = float(deltas.std()) or 1.0
-    sizes = np.array([_size(delta, margin) for delta in deltas])
-    used = float(np.quantile(sizes, 1.0 - easy)) / std if threshold is None else threshold
-    split = Split(threshold=used, std=std, margin=margin, easy=0, hard=0)
+    if threshold is not None:
+        cut = threshold * std
+    else:
+        sizes = np.array([_size(delta, margin) for delta in deltas])
+        cut = float(np.quantile(sizes, 1.0 - easy) if easy < 1 else np.nextafter(sizes.min(), -np.inf))
+    split = Split(cut=cut, std=std, margin=margin, easy=0, hard=0)
     n = sum(split.is_easy(pair) for pair in pairs)
     stage.count("easy pairs", n)
     stage.count("hard pairs", len(pairs) - n)
     stage.count("pairs whose label the scores contradict", int((deltas < 0).sum()))
-    stage.figure("threshold, in standard deviations of the margin", used)
+    stage.figure("threshold, in standard deviations of the margin", split.threshold)
     return split.model_copy(update={"easy": n, "hard": len(pairs) - n})
 
 

@@ -202,7 +202,7 @@ def align(
     with OnlineLoop(online, before, judges, cfg, ask=preferences, look=evaluate, description=f"{cfg.loss} by phases",
                     stage=stage) as loop:  # fmt: skip
         for step in loop.steps():
-            if step % k == 0:
+            if online.phase == step // k:  # not again where a run was stopped after the refresh of this very step
                 online.refresh()
             batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
             seed = derive_seed(cfg.seed, "step", step)

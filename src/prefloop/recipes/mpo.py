@@ -27,7 +27,7 @@ from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.dpo import dpo_round
-from prefloop.recipes.ppo import Ppo, load_scorers, reinforce
+from prefloop.recipes.ppo import Ppo, check_options, load_scorers, reinforce, start_of_values
 from prefloop.recipes.steps import LookAt, check_room, conclude, look_at, offline_and_held_out, prompts_of
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -112,18 +112,21 @@ def mpo(cfg: MpoConfig, run: "Run") -> ModelRef:
     from prefloop.pairs.margins import find_split
 
     start = resolve(cfg.policy)
-    annotator, evaluator = load_scorers(cfg, run)
+    check_options(cfg, run)
+    values = start_of_values(cfg, start)
+    judges = load_scorers(cfg, run)
     pairs, held_out = offline_and_held_out(cfg, run, start)
-    check_room(prompts_of([*pairs, *held_out]), start, cfg.sampling.max_new_tokens)
-    look = partial(look_at, run, start, held_out, cfg, beta=cfg.easy.beta, evaluator=evaluator)
+    for model in (start, values):
+        check_room(prompts_of([*pairs, *held_out]), model, cfg.sampling.max_new_tokens)
+    look = partial(look_at, run, start, held_out, cfg, beta=cfg.easy.beta, evaluator=judges.evaluator)
 
     look("start", start)
-    scored = run.stage("data/scored", with_scores, pairs, annotator)
+    scored = run.stage("data/scored", with_scores, pairs, judges.annotator)
     split = run.stage("data/split", find_split, scored, threshold=cfg.threshold, easy=cfg.easy_share, margin=cfg.margin)
     easy = [pair for pair in scored if split.is_easy(pair)]
     hard = prompts_of([pair for pair in scored if not split.is_easy(pair)])
     run.note(f"{split.easy} easy pairs, {split.hard} hard ones: the margin is parted at {split.threshold:.3g} standard "
-             f"deviations ({split.threshold * split.std:.3g})")  # fmt: skip
+             f"deviations ({split.cut:.3g})")  # fmt: skip
 
     policy = start
     if easy:
@@ -131,8 +134,8 @@ def mpo(cfg: MpoConfig, run: "Run") -> ModelRef:
                            compute=cfg.compute, seed=derive_seed(cfg.seed, "dpo"))  # fmt: skip
         look("round-1", policy)
     if hard:
-        values = resolve(cfg.value) if cfg.value else policy
-        folder = run.round(2).stage("model", reinforce, policy, values, hard, annotator, cfg, also=start)
+        folder = run.round(2).stage("model", reinforce, policy, values if cfg.value else policy, hard, judges, cfg,
+                                    also=start)  # fmt: skip
         policy = ModelRef.of(folder.path, name="round-2")
         look("round-2", policy)
     return conclude(run, policy)

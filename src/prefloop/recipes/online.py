@@ -7,7 +7,7 @@ A recipe's configuration is any with the options of `prefloop oaif` that are rea
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ OUTCOMES = {
 }
 """What is counted at every step -> what became of a question."""
 STEPS_WITHOUT_PAIRS = 3
-"""From the start, after which the run stops."""
+"""The first ones that asked, after which the run stops."""
 SLOTS = ("consistent", "first_slot", "second_slot")
 """What the answers of an annotator with slots follow (`Judgement.slot`); counted at every step."""
 SAMPLED = 200
@@ -134,8 +134,9 @@ class OnlineLoop:
                 loop.done({"step": step + 1, ...})
         return loop.conclude()
 
-    `ask` and `look` are `preferences` and `evaluate`. `kept`: what a recipe carries from step to step beyond the log
-    (plain data and tensors); it is in the checkpoints.
+    `ask` and `look` are `preferences` and `evaluate`. One that learns from scores has neither: it calls `scores`, and
+    `before` is empty. `kept`: what a recipe carries from step to step beyond the log (plain data and tensors); it is in
+    the checkpoints.
     """
 
     def __init__(
@@ -145,8 +146,8 @@ class OnlineLoop:
         judges: Judges,
         cfg: Any,
         *,
-        ask: "Callable[[Sequence[Group], Annotator, Any], tuple[list[Pair], list[Labelled]]]",
-        look: Callable[..., dict[str, Any]],
+        ask: "Callable[[Sequence[Group], Annotator, Any], tuple[list[Pair], list[Labelled]]] | None" = None,
+        look: Callable[..., dict[str, Any]] | None = None,
         description: str,
         stage: "Stage",
     ) -> None:
@@ -185,6 +186,7 @@ class OnlineLoop:
         """
         for step in range(self.first, self.cfg.train.steps + 1):
             if self.before and evaluation_is_due(self.cfg, self.log, step):
+                assert self.look is not None
                 with self._judging(step):
                     found = self.look(self.online, self.before, self.log, self.judges, self.cfg)
                 self.log.append({"step": step, "evaluation": found})
@@ -194,11 +196,21 @@ class OnlineLoop:
 
     def pairs(self, step: int, groups: "Sequence[Group]") -> "tuple[list[Pair], list[Labelled]]":
         """The annotator's preferences between the two answers of each group; every question goes on record."""
+        assert self.ask is not None
         with self._judging(step):
             pairs, labelled = self.ask(groups, self.judges.annotator, self.cfg)
             check_there_are_pairs(pairs, labelled, self.log, step)
-        self.records.write(step, labelled)
+        self.records.write(step, map(row_of, labelled))
         return pairs, labelled
+
+    def scores(self, step: int, groups: "Sequence[Group]") -> list[float | str]:
+        """The annotator's score of the one answer of each group, or why there is none; every answer goes on record."""
+        annotator: Any = self.judges.annotator
+        with self._judging(step):
+            found: list[float | str] = annotator.score([(group.prompt, group.responses[0]) for group in groups])
+            check_there_are_scores(found, self.log)
+        self.records.write(step, map(scored_row, groups, found))
+        return found
 
     def sampler_gap(self, step: int, groups: "Sequence[Group]") -> dict[str, float]:
         """At the first step of this process, answers that were just sampled are checked against the trainer's own
@@ -219,8 +231,10 @@ class OnlineLoop:
         assert self._advance is not None
         self._advance(1)
 
-    def conclude(self) -> Path:
-        """Counts, the model, its log and every question; returns the folder."""
+    def conclude(self, counted: "Callable[[Sequence[dict[str, Any]]], dict[str, int]] | None" = None) -> Path:
+        """Counts, the model, its log and every question; returns the folder. `counted`: what of the log is counted,
+        `totals` where it is left out.
+        """
         from prefloop.train.learner import TRAINING_LOG, write_training_log
 
         stage, log = self.stage, self.log
@@ -232,7 +246,7 @@ class OnlineLoop:
         stage.event("feedback", **self.records.summary())
         for agreement in getattr(self.judges.annotator, "agreements", ()):
             stage.event("agreement", said=agreement.describe(), share=agreement.share, kappa=agreement.kappa)
-        for name, n in totals(log).items():
+        for name, n in (counted or totals)(log).items():
             stage.count(name, n)
         stage.event("saving")
         self.online.write(self.output)
@@ -264,8 +278,11 @@ class OnlineLoop:
 def check_there_are_pairs(
     pairs: "Sequence[Pair]", labelled: "Sequence[Labelled]", log: Sequence[dict[str, Any]], step: int
 ) -> None:
-    """Raises FeedbackError when none of the first steps has given a pair: that is paid for and teaches nothing."""
-    if pairs or any(row.get("pairs") for row in log) or step + 1 < STEPS_WITHOUT_PAIRS:
+    """Raises FeedbackError when none of the first steps that asked has given a pair: that is paid for and teaches
+    nothing.
+    """
+    asked = 1 + sum("pairs" in row for row in log)
+    if pairs or any(row.get("pairs") for row in log) or asked < STEPS_WITHOUT_PAIRS:
         return
     why = Counter(one.outcome if one.outcome != "abstained" else one.judgement.reason for one in labelled)
     said = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
@@ -273,6 +290,13 @@ def check_there_are_pairs(
         f"the first {step + 1} steps have given no pair; the questions of the last one: {said}. Try the annotator by "
         "`prefloop judge check`, or change --annotator or --sampling"
     )
+
+
+def check_there_are_scores(found: Sequence[float | str], log: Sequence[dict[str, Any]]) -> None:
+    """Raises FeedbackError when the very first answers have no score."""
+    if not log and all(isinstance(score, str) for score in found):
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(map(str, found)).most_common())
+        raise FeedbackError(f"the first step has no answer with a score ({why}); try another --annotator")
 
 
 def estimate_online(
@@ -416,23 +440,33 @@ class FeedbackRecords:
     def summary(self) -> dict[str, Any]:
         return {name: tally for meter in self.meters for name, tally in meter.summary().items()}
 
-    def write(self, step: int, labelled: Sequence[Labelled]) -> None:
-        rows = [
-            {
-                "step": step + 1,
-                "prompt": question.prompt.model_dump(exclude_none=True),
-                "a": question.a.text,
-                "b": question.b.text,
-                **judgement.model_dump(exclude_none=True),
-                "outcome": outcome,
-            }
-            for question, judgement, outcome in labelled
-        ]
-        write_atomically(self.folder / f"{step:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def write(self, step: int, rows: "Iterable[dict[str, Any]]") -> None:
+        lines = [json.dumps({"step": step + 1, **row}) + "\n" for row in rows]
+        write_atomically(self.folder / f"{step:06d}.jsonl", "".join(lines))
 
     def collect(self, file: Path) -> None:
         """All steps, in order, as one file."""
         write_atomically(file, "".join(part.read_text() for part in sorted(self.folder.glob("*.jsonl"))))
+
+
+def row_of(one: Labelled) -> dict[str, Any]:
+    """A question on record."""
+    question, judgement, outcome = one
+    return {
+        "prompt": question.prompt.model_dump(exclude_none=True),
+        "a": question.a.text,
+        "b": question.b.text,
+        **judgement.model_dump(exclude_none=True),
+        "outcome": outcome,
+    }
+
+
+def scored_row(group: "Group", score: float | str) -> dict[str, Any]:
+    """An answer and its score on record."""
+    [answer] = group.responses
+    said = {"reason": score, "outcome": "unscored"} if isinstance(score, str) else {"score": score, "outcome": "scored"}
+    prompt = group.prompt.model_dump(exclude_none=True)
+    return {"prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason, **said}
 
 
 def lengths(groups: "Sequence[Group]") -> dict[str, float]:

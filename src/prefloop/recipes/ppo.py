@@ -36,11 +36,11 @@ import numpy as np
 from pydantic import Field
 
 from prefloop.config import Config
-from prefloop.errors import FeedbackError, InputError
+from prefloop.errors import InputError
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
-from prefloop.recipes.online import distinct, lengths, load_both
+from prefloop.recipes.online import Judges, OnlineLoop, distinct, lengths, load_both
 from prefloop.recipes.steps import LookAt, check_room, conclude, look_at
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -48,13 +48,10 @@ from prefloop.seeds import derive_seed, generator
 from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
-    from prefloop.feedback.annotator import Annotator
-    from prefloop.feedback.scorer import ScoresResponses
     from prefloop.records import Group, Prompt
     from prefloop.run import Run, Stage
     from prefloop.train.learner import Learner
-    from prefloop.train.online import OnlineLearner
-    from prefloop.train.ppo import Rollout
+    from prefloop.train.ppo import ActorCritic, Rollout
 
 
 class Ppo(Config):
@@ -123,29 +120,65 @@ def demo() -> PpoConfig:
 def ppo(cfg: PpoConfig, run: "Run") -> ModelRef:
     """Run PPO; returns the final model, RUN/model."""
     start = resolve(cfg.policy)
-    values = resolve(cfg.value) if cfg.value else start
     prompts, held_out = load_both(cfg, run)
+    check_options(cfg, run)
     check_room([*prompts, *held_out], start, cfg.sampling.max_new_tokens)
-    annotator, evaluator = load_scorers(cfg, run)
-    look = partial(look_at, run, start, [], cfg, prompts=held_out, evaluator=evaluator)
+    values = start_of_values(cfg, start)
+    check_room(prompts, values, cfg.sampling.max_new_tokens)
+    judges = load_scorers(cfg, run)
+    look = partial(look_at, run, start, [], cfg, prompts=held_out, evaluator=judges.evaluator)
 
     look("start", start)
-    folder = run.round(1).stage("model", reinforce, start, values, prompts, annotator, cfg)
+    folder = run.round(1).stage("model", reinforce, start, values, prompts, judges, cfg)
     trained = ModelRef.of(folder.path, name="round-1")
     look("round-1", trained)
     return conclude(run, trained)
 
 
-def load_scorers(cfg: Any, run: "Run") -> "tuple[Annotator, Annotator]":
+def check_options(cfg: Any, run: "Run") -> None:
+    """Raises InputError for a target that beta cannot be steered to, and warns of samples that are not of pi_old."""
+    if cfg.ppo.kl_target is not None and not cfg.beta:
+        raise InputError(
+            f"ppo.kl_target = {cfg.ppo.kl_target:g} with beta = 0: beta is steered by factors and would stay 0; "
+            "give --beta a value to begin with, or leave --ppo.kl-target out"
+        )
+    ways = [*(["temperature"] if cfg.sampling.temperature != 1 else []), *cfg.sampling.truncations]
+    if ways:
+        said = ", ".join(f"{name} {getattr(cfg.sampling, name):g}" for name in ways)
+        run.note(f"warning: answers are sampled with {said}, and log pi_old is of temperature 1 without truncation: "
+                 "kappa and the KL divergence are biased; leave it out")  # fmt: skip
+
+
+def start_of_values(cfg: Any, start: ModelRef) -> ModelRef:
+    """The model that --value names, or `start`. Raises InputError for one that cannot give values of its answers."""
+    from prefloop.data.chat import same_tokenizer
+    from prefloop.models import load_tokenizer
+    from prefloop.train.scalar import check_has_classifier
+
+    values = resolve(cfg.value) if cfg.value else start
+    check_has_classifier(values)
+    difference = same_tokenizer(load_tokenizer(start), load_tokenizer(values))
+    if difference:
+        raise InputError(
+            f"--value {values.name} and --policy {start.name} have different tokenizers ({difference}); values are of "
+            "the policy's own tokens: name a model, or a reward model, made from the same language model"
+        )
+    return values
+
+
+def load_scorers(cfg: Any, run: "Run") -> Judges:
     """Who gives the reward, and who scores the answers that models are looked at with.
 
     Raises InputError for an annotator that cannot score one answer alone.
     """
-    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.feedback.scorer import scores_alone
     from prefloop.run import Stage
 
-    load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
+    if not cfg.annotator:
+        raise InputError("--annotator is missing: name who scores, such as rule:helpful-short or reward-model:MODEL")
+    meter, stage = load_meter(cfg.feedback), Stage(name="feedback", run=run)
+    load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
     annotator = load(cfg.annotator)
     evaluator = load(cfg.evaluator) if cfg.evaluator not in ("", cfg.annotator) else annotator
     for option, one in (("annotator", annotator), ("evaluator", evaluator)):
@@ -154,14 +187,17 @@ def load_scorers(cfg: Any, run: "Run") -> "tuple[Annotator, Annotator]":
                 f"--{option} {one.name} only says which of two answers is better, and a reward is of one: train a "
                 "reward model on its labels (prefloop reward-model) and name reward-model:RUN/model"
             )
-    return annotator, evaluator
+    if annotator.identity == evaluator.identity:
+        run.note(f"warning: the answers that models are looked at with are scored by {annotator.name}, which trains "
+                 "the model and flatters it; name another --evaluator")  # fmt: skip
+    return Judges(annotator, evaluator, (meter,))
 
 
 def reinforce(
     start: ModelRef,
     value_start: ModelRef,
     prompts: "Sequence[Prompt]",
-    annotator: "ScoresResponses",
+    judges: Judges,
     cfg: Any,
     also: ModelRef | None = None,
     *,
@@ -169,52 +205,36 @@ def reinforce(
 ) -> Path:
     """Stage: all steps, from and against `start`. `also`: another model that the drift is measured from (MPO)."""
     from prefloop.models import load_model
-    from prefloop.train.checkpoint import load_checkpoint, save_checkpoint
-    from prefloop.train.learner import TRAINING_LOG, batch_of_step, write_training_log
-    from prefloop.train.memory import reused_memory
-    from prefloop.train.online import OnlineLearner
-    from prefloop.train.ppo import Together
+    from prefloop.train.learner import batch_of_step
+    from prefloop.train.ppo import ActorCritic
 
-    scratch, output = stage.scratch, stage.output
-    assert scratch is not None and output is not None
-    policy, values = learners(start, value_start, cfg, stage)
-    online = OnlineLearner(policy)
+    online = ActorCritic(*learners(start, value_start, cfg, stage))
+    policy = online.learner
     further = load_model(also, device=str(policy.model.device)).requires_grad_(False) if also else None
-    both = Together(policy, values)
-    first, log = load_checkpoint(scratch, model=both.models, optimizer=both)
-    with reused_memory(), stage.progress(cfg.train.steps, unit="steps", description="ppo") as advance:
-        advance(first)
-        for step in range(first, cfg.train.steps):
+    with OnlineLoop(online, (), judges, cfg, description="ppo", stage=stage) as loop:
+        for step in loop.steps():
             batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
             seed = derive_seed(cfg.seed, "step", step)
             groups = online.sample(distinct(batch), k=1, sampling=cfg.sampling, seed=seed)
-            row: dict[str, Any] = {"step": step + 1, "beta": beta_of_step(cfg, log), **lengths(groups)}
-            if step == first:
-                gap = online.check_sampler(online.drift(groups)[1])
-                row |= {"sampler_gap": gap} if step == 0 else {}
-            rollouts, unscored = experience(groups, annotator, online, values, cfg, beta=row["beta"])
-            row |= {"unscored": unscored, **figures(rollouts)}
+            beta = beta_of_step(cfg, loop.log)
+            row: dict[str, Any] = {"step": step + 1, "beta": beta, **lengths(groups), **loop.sampler_gap(step, groups)}
+            scores = loop.scores(step, groups)
+            rollouts = experience(groups, scores, online, cfg, beta=beta)
+            row |= {"unscored": dict(Counter(score for score in scores if isinstance(score, str)))}
+            row |= figures(rollouts)
             if further is not None and rollouts:
                 there = zip(rollouts, policy.tokens(rollouts, further), strict=True)
                 row |= {"kl_start": float(np.mean([sum(rollout.logps) - sum(theirs) for rollout, theirs in there]))}
-            if not rollouts and step == 0:
-                raise FeedbackError(f"the first step has no answer with a score: {unscored}; try another --annotator")
-            if rollouts:
-                row |= update(policy, values, rollouts, step, cfg)
-            log.append(row)
-            stage.event("step", **row)
-            if step + 1 < cfg.train.steps and (step + 1) % cfg.train.checkpoint_every == 0:
-                save_checkpoint(scratch, step=step + 1, model=both.models, optimizer=both, log=log)
-            advance(1)
-    stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
-    stage.count("answers", sum(row["answers"] for row in log))
+            loop.done(row | (update(online, rollouts, step, cfg) if rollouts else {}))
+    return loop.conclude(counts)
+
+
+def counts(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Answers of all steps with a score, and those without by reason."""
+    unscored = Counter()
     for row in log:
-        for reason, n in row["unscored"].items():
-            stage.count(f"answers without a score: {reason}", n)
-    stage.event("saving")
-    policy.write(output)
-    write_training_log(output / TRAINING_LOG, log)
-    return output
+        unscored.update({f"answers without a score: {reason}": n for reason, n in row["unscored"].items()})
+    return {"answers": sum(row["answers"] for row in log), **unscored}
 
 
 def learners(
@@ -252,37 +272,26 @@ def beta_of_step(cfg: Any, log: Sequence[Mapping[str, Any]]) -> float:
 
 
 def experience(
-    groups: "Sequence[Group]",
-    annotator: "ScoresResponses",
-    online: "OnlineLearner",
-    values: "Learner[Rollout]",
-    cfg: Any,
-    *,
-    beta: float,
-) -> "tuple[list[Rollout], dict[str, int]]":
-    """Steps 2 to 4: the scored answers with advantages and returns, and why others have no score."""
+    groups: "Sequence[Group]", scores: Sequence[float | str], online: "ActorCritic", cfg: Any, *, beta: float
+) -> "list[Rollout]":
+    """Steps 3 and 4: the scored answers with advantages and returns; one without a score is left out."""
     from prefloop.train.ppo import Rollout, with_advantages
 
-    answers = [(group.prompt, group.responses[0]) for group in groups]
-    found = list(zip(answers, annotator.score(answers), strict=True))
-    unscored = Counter(score for _, score in found if isinstance(score, str))
     rollouts = [
-        Rollout(prompt=prompt, response=response, score=score,
-                penalty=0.0 if response.finish_reason == "stop" else cfg.ppo.missing_eos_penalty)
-        for (prompt, response), score in found
+        Rollout(prompt=group.prompt, response=group.responses[0], score=score,
+                penalty=0.0 if group.responses[0].finish_reason == "stop" else cfg.ppo.missing_eos_penalty)
+        for group, score in zip(groups, scores, strict=True)
         if not isinstance(score, str)
     ]  # fmt: skip
     if not rollouts:
-        return [], dict(unscored)
-    known = (online.learner.tokens(rollouts), online.reference_tokens(rollouts), values.tokens(rollouts))
+        return []
+    known = (online.learner.tokens(rollouts), online.reference_tokens(rollouts), online.values.tokens(rollouts))
     rollouts = [
         replace(rollout, logps=tuple(logps), reference_logps=tuple(reference), values=tuple(value))
         for rollout, logps, reference, value in zip(rollouts, *known, strict=True)
     ]
     options = cfg.ppo
-    return with_advantages(
-        rollouts, beta=beta, gamma=options.gamma, lam=options.lam, whiten=options.whiten
-    ), dict(unscored)  # fmt: skip
+    return with_advantages(rollouts, beta=beta, gamma=options.gamma, lam=options.lam, whiten=options.whiten)
 
 
 def figures(rollouts: "Sequence[Rollout]") -> dict[str, Any]:
@@ -301,9 +310,7 @@ def figures(rollouts: "Sequence[Rollout]") -> dict[str, Any]:
     }
 
 
-def update(
-    policy: "Learner[Rollout]", values: "Learner[Rollout]", rollouts: "Sequence[Rollout]", step: int, cfg: Any
-) -> dict[str, float]:
+def update(online: "ActorCritic", rollouts: "Sequence[Rollout]", step: int, cfg: Any) -> dict[str, float]:
     """Step 5; returns the means of what its optimiser steps say."""
     options = cfg.ppo
     rows: list[dict[str, float]] = []
@@ -312,7 +319,7 @@ def update(
         for i, part in enumerate(np.array_split(order, min(options.minibatches, len(rollouts)))):
             chosen = [rollouts[j] for j in part]
             n = (step * options.epochs + epoch) * options.minibatches + i
-            ours, theirs = policy.step(chosen, n), values.step(chosen, n)
+            ours, theirs = online.learner.step(chosen, n), online.values.step(chosen, n)
             rows.append(
                 {"policy_loss": ours.pop("loss"), **ours, "value_loss": theirs.pop("loss"),
                  "value_clip_fraction": theirs["value_clip_fraction"], "value_grad_norm": theirs["grad_norm"]}

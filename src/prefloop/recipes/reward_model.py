@@ -28,12 +28,12 @@ from pydantic import Field, field_validator
 
 from prefloop.config import Config
 from prefloop.data.groups import groups_of_pairs
-from prefloop.errors import InputError
+from prefloop.errors import CheckFailed, InputError
 from prefloop.feedback.options import Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.recipes.steps import check_room, conclude, held_back, load, load_own_prompts
+from prefloop.recipes.steps import apart_from, check_room, conclude, held_back, load, load_own_prompts, prompts_of
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed, generator
@@ -100,8 +100,10 @@ def demo() -> RewardModelConfig:
 def reward_model(cfg: RewardModelConfig, run: "Run") -> ModelRef:
     """Train a reward model on `cfg.pairs`; returns it, RUN/model."""
     from prefloop.evaluate.reward_pairs import reward_pairs, score_pairs
+    from prefloop.train.scalar import check_has_classifier
 
     start = resolve(cfg.policy)
+    check_has_classifier(start)
     pairs, held_out = load_both(cfg, run, start)
 
     folds = deal(pairs, cfg.folds, seed=derive_seed(cfg.seed, "folds"))
@@ -141,11 +143,14 @@ def train_on(
 
 
 def load_both(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "tuple[list[Pair], list[Pair]]":
-    """The pairs to train on and those to look with, all of which fit into the model."""
-    pairs = run.stage("data/pairs", whole_pairs, preferences(cfg, run, model), model)
-    if not cfg.held_out:
+    """The pairs to train on and those to look with, all of which fit into the model; no prompt is on both sides."""
+    apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
+    given = apart_from(preferences(cfg, run, model), prompts_of(apart), run, why="held-out prompts")
+    pairs = run.stage("data/pairs", whole_pairs, given, model)
+    if not pairs:
+        raise CheckFailed("there are no pairs to train on; the counts of earlier stages say where they were dropped")
+    if not apart:
         return hold_out(pairs, min(256, len(pairs) // 10), seed=derive_seed(cfg.seed, "held out"))
-    apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run)
     return pairs, run.stage("data/held_out", whole_pairs, apart, model)
 
 
@@ -156,10 +161,16 @@ def preferences(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "list[Pa
     from prefloop.records import Group
     from prefloop.run import Stage
     from prefloop.sample.stage import sample
+    from prefloop.train.reward import margin_of
 
     if cfg.prompts and (cfg.pairs or not cfg.annotator):
         raise InputError("--prompts needs an --annotator that judges the answers to them, and no --pairs")
+    if cfg.margin and cfg.annotator:
+        raise InputError(f"margin = {cfg.margin:g}: an --annotator's labels come without the scores it is made of; "
+                         "leave one of the two out")  # fmt: skip
     pairs = [] if cfg.prompts else load(cfg.pairs, "pairs", cfg.on_bad_row, run)
+    for pair in pairs:
+        margin_of(pair, cfg.margin)
     if not cfg.annotator:
         return pairs
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
@@ -184,10 +195,11 @@ def whole_pairs(pairs: "Sequence[Pair]", model: ModelRef, *, stage: "Stage") -> 
     stage.note(f"tokens: {chat.description}")
     kept = []
     for pair in pairs:
+        chat.prompt_ids(pair.prompt)  # says what is wrong with a prompt that the template does not take
         group = conversation_group(chat, pair)
         if group.responses[0] == group.responses[1]:
             stage.count("pairs dropped: the same conversation twice")
-        elif context and len(group.prompt_ids) + max(map(len, group.responses)) > context:
+        elif context and len(group.prompt_ids) + max(map(len, group.responses)) - 1 > context:  # without the probe
             stage.count(f"pairs dropped: longer than the context of {context} tokens")
         else:
             kept.append(pair)

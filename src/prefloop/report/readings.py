@@ -118,6 +118,10 @@ def _length_grows(story: Story) -> Iterator[Reading]:
                 ("--phases", "fewer: the reference stays near the start for longer")],
         "sail": [("--mixture", "lower: more of the data's own pairs"),
                  ("--beta", "higher: a stronger pull to the reference")],
+        "ppo": [("--annotator", "one whose scores do not grow with length"),
+                ("--beta", "higher: a stronger pull to the reference")],
+        "mpo": [("--annotator", "one whose scores do not grow with length"),
+                ("--beta", "higher: a stronger pull to the DPO model")],
         "dpo": [("prefloop dice --alpha auto", "makes pairs whose winners are as long as their losers"),
                 ("--beta", "higher: a stronger pull to the reference")],
     }  # fmt: skip
@@ -155,15 +159,22 @@ def _saturated(story: Story) -> Iterator[Reading]:
         return
     means = [(r.label, tail_mean(r, "margin")) for r in story.rounds]
     labels = tuple(label for label, mean in means if mean is not None and mean >= limit)
+    rewards, prefix = story.recipe == "reward-model", "easy." if story.recipe == "mpo" else ""
     if labels:
         yield Reading(
             labels,
             f"margins are saturated: their mean over the last steps is {limit:g} or more, where the loss has next to "
             "no gradient left. Further steps mostly repeat what is learned.",
             (
-                ("--train.steps", "fewer"),
-                ("prefloop oaif", "asks about the current model's own answers, which stay hard to tell apart"),
-                ("--train.learning-rate", "lower, where this happened within a few steps"),
+                (f"--{prefix}train.steps", "fewer"),
+                *(
+                    ()
+                    if rewards
+                    else (
+                        ("prefloop oaif", "asks about the current model's own answers, which stay hard to tell apart"),
+                    )
+                ),
+                (f"--{prefix}train.learning-rate", "lower, where this happened within a few steps"),
             ),
         )
 
@@ -234,6 +245,8 @@ def _unfinished(story: Story) -> Iterator[Reading]:
         remedies = [("--sampling.max-new-tokens", "higher")]
         if story.recipe in ("oaif", "bpo"):
             remedies.append(("--on-unfinished penalise", "a cut answer loses to a finished one"))
+        if story.recipe in ("ppo", "mpo"):
+            remedies.append(("--ppo.missing-eos-penalty", "higher: a cut answer costs reward"))
         yield Reading(
             labels,
             f"over {100 * (1 - FINISHED):.0f} % of the answers hit the limit of new tokens. In DICE unfinished answers "

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,20 +20,12 @@ LISTING = "checkpoint.json"
 MORE = "more.pt"
 
 
-class Optimizer(Protocol):
-    """What a checkpoint asks of an optimiser, or of several that are kept together."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> None: ...
-
-
 def save_checkpoint(
     scratch: Path,
     *,
     step: int,
     model: torch.nn.Module,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     log: list[dict[str, Any]],
     more: dict[str, Any] | None = None,
 ) -> None:
@@ -60,7 +52,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    scratch: Path | None, *, model: torch.nn.Module, optimizer: Optimizer
+    scratch: Path | None, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, Any]]]:
     """Restore the newest checkpoint into `model` and `optimizer`; (0, []) when there is none.
 

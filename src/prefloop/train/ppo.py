@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import CheckFailed
@@ -31,6 +31,7 @@ from prefloop.train.checks import check_tokens
 from prefloop.train.learner import Learner
 from prefloop.train.logprobs import Path, ResponseLogps, response_logps
 from prefloop.train.objective import Objective
+from prefloop.train.online import OnlineLearner
 from prefloop.train.packing import TokenGroup
 from prefloop.train.scalar import load_scalar_model, response_values
 
@@ -237,16 +238,21 @@ def _by_answer(tokens: Tensor, counts: Tensor) -> Tensor:
     return ResponseLogps.of(tokens, counts).sums
 
 
-class Together:
-    """The policy and the value model as one thing to keep in a checkpoint: none is ever newer than the other."""
+class ActorCritic(OnlineLearner):
+    """The policy, which is sampled from, its start as the reference, and the value model beside it, in one checkpoint:
+    none is ever newer than the other.
+    """
 
     def __init__(self, policy: Learner[Rollout], values: Learner[Rollout]) -> None:
-        self.models = nn.ModuleDict({"policy": policy.model, "value": values.model})
-        self.optimizers = policy.optimizer, values.optimizer
+        super().__init__(policy)
+        self.values = values
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def state(self) -> dict[str, Any]:
+        trained = {name: weight.detach() for name, weight in self.values.trained}
+        return {"values": trained, "optimizer": self.values.optimizer.state_dict()}
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, weight in self.values.trained:
+            weight.copy_(state["values"][name])
+        self.values.optimizer.load_state_dict(state["optimizer"])

@@ -101,7 +101,7 @@ class RewardObjective(Objective[Pair]):
         chosen, rejected = logps.sums[0::2], logps.sums[1::2]
         p, weight, margin = (
             torch.tensor(values, dtype=torch.float32, device=chosen.device)
-            for values in ([i.p for i in items], [i.weight for i in items], [self.margin_of(i) for i in items])
+            for values in ([i.p for i in items], [i.weight for i in items], [margin_of(i, self.margin) for i in items])
         )
         losses = bradley_terry(chosen, rejected, margin=margin, centre=self.centre, p=p, weight=weight)
         difference = (chosen - rejected).detach()
@@ -112,18 +112,6 @@ class RewardObjective(Objective[Pair]):
             "rejected_reward": rejected.detach(),
         }
 
-    def margin_of(self, pair: Pair) -> float:
-        """What the difference of rewards should exceed. Raises InputError for a pair without scores."""
-        if not self.margin:
-            return 0.0
-        chosen, rejected = pair.scores
-        if chosen is None or rejected is None:
-            raise InputError(
-                f"margin = {self.margin:g}: the pair of prompt {pair.prompt.id!r} has no scores; "
-                "give pairs with scores, or leave --margin out"
-            )
-        return self.margin * (chosen - rejected)
-
     def before_first_update(self, items: Sequence[Pair], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         """A head of zeros gives every conversation the reward 0, so that the loss begins at ln 2 (without margins)."""
         worst = float(logps.sums.detach().abs().max())
@@ -132,6 +120,21 @@ class RewardObjective(Objective[Pair]):
                 f"before the first update a reward is {worst:.4g} away from 0, and with a new head of zeros all should "
                 "be 0: the start model is a reward model already; start from the language model that it was made from"
             )
+
+
+def margin_of(pair: Pair, margin: float) -> float:
+    """What the difference of rewards should exceed: `margin` a point of the scores' difference. Raises InputError for a
+    pair without scores.
+    """
+    if not margin:
+        return 0.0
+    chosen, rejected = pair.scores
+    if chosen is None or rejected is None:
+        raise InputError(
+            f"margin = {margin:g}: the pair of prompt {pair.prompt.id!r} has no scores; "
+            "give pairs with scores, or leave --margin out"
+        )
+    return margin * (chosen - rejected)
 
 
 def conversation_group(chat: ChatFormat, pair: Pair) -> TokenGroup:

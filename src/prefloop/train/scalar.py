@@ -18,7 +18,11 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+)
 
 from prefloop.errors import InputError
 from prefloop.models import ModelRef, _one_line, _quiet_transformers, load_tokenizer
@@ -28,6 +32,16 @@ from prefloop.train.packing import TokenGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+NO_CLASSIFIER = "expected a causal language model that transformers has a sequence classifier of"
+
+
+def check_has_classifier(ref: ModelRef) -> None:
+    """Raises InputError, from the configuration alone, for a model that transformers has no sequence classifier of."""
+    config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(f"no reward or value model can be made of {ref.name} ({config.model_type}); {NO_CLASSIFIER}")
 
 
 def load_scalar_model(ref: ModelRef, *, head_std: float = 0.0, seed: int = 0, device: str = "cpu") -> "PreTrainedModel":
@@ -48,8 +62,7 @@ def load_scalar_model(ref: ModelRef, *, head_std: float = 0.0, seed: int = 0, de
             )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"no reward or value model can be made of {ref.name}: {_one_line(error)}; expected a causal language model "
-            "that transformers has a sequence classifier of"
+            f"no reward or value model can be made of {ref.name}: {_one_line(error)}; {NO_CLASSIFIER}"
         ) from None
     model: Any = loaded
     name, head = scalar_head(model)
