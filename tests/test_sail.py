@@ -89,6 +89,12 @@ def test_the_steps_make_up_for_the_routed_examples(cfg: SailConfig, finished: Pa
     assert corrected(cfg.replace(mixture=0.0, train__steps=700)).train.steps == 700
 
 
+def test_the_reference_is_asked_about_the_drawn_pairs_alone(cfg: SailConfig, finished: Path) -> None:
+    known = [Pair.from_json(line) for line in (finished / "start/pairs.jsonl").read_text().splitlines()]
+    drawn = {i for step in range(5) for i in Drawn.at(corrected(cfg), step, 22).indices}
+    assert len(known) == len(drawn) < 22 and all(pair.reference_logps for pair in known)
+
+
 def test_answers_are_those_of_their_own_prompts(cfg: SailConfig, trained_on: list[list[RoutedPair]]) -> None:
     """Each prompt of the first two steps alone gives the very answers that it was trained on with."""
     engine, own = transformers(4), [item for items in trained_on[:2] for item in items if item.route == "pp"]

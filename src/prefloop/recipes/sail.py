@@ -165,8 +165,12 @@ def sail(cfg: SailConfig, run: "Run") -> ModelRef:
         warn_of_shared(judges, run)
     pairs, held_out = offline_and_held_out(cfg, run, start)
     check_room(prompts_of([*pairs, *held_out]), start, cfg.sampling.max_new_tokens)
-    pairs = run.stage("start/pairs", with_reference_logps, pairs, start, compute=cfg.compute)
     cfg = corrected(cfg)
+    drawn = sorted({i for step in range(cfg.train.steps) for i in Drawn.at(cfg, step, len(pairs)).indices})
+    known = run.stage("start/pairs", with_reference_logps, [pairs[i] for i in drawn], start, compute=cfg.compute)
+    pairs = [*pairs]
+    for i, pair in zip(drawn, known, strict=True):
+        pairs[i] = pair
     run.note(f"{cfg.train.steps} steps: a share of {cfg.share:g} of the examples goes the route {cfg.variant}")
     look = partial(look_at, run, start, held_out, cfg, beta=cfg.beta)
 
@@ -212,7 +216,9 @@ def align(
     *,
     stage: "Stage",
 ) -> Path:
-    """The T steps on pairs with the start model's log-probabilities. `before`: its answers to the held-out prompts."""
+    """The T steps on pairs, of which those that are drawn have the start model's log-probabilities. `before`: its
+    answers to the held-out prompts.
+    """
     from prefloop.train.learner import Learner
     from prefloop.train.online import OnlineLearner
     from prefloop.train.sail import OWN_ANSWERS, RoutedPair, SailObjective
