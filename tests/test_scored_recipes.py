@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefloop.cli import main
 from prefloop.data.chat import ChatFormat
 from prefloop.data.condition import Condition
-from prefloop.errors import InputError
-from prefloop.models import ModelRef, load_tokenizer
+from prefloop.errors import BudgetReached, InputError
+from prefloop.feedback.options import Feedback
+from prefloop.models import ModelRef, load_model, load_tokenizer, write_model
 from prefloop.pairs.replay import hold_out
 from prefloop.pairs.rewards import RewardScale
 from prefloop.recipes.ca import CaConfig, ca
@@ -30,6 +32,7 @@ from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner, batch_of_step
+from tests.feedback.judge_server import JudgeServer
 from tests.tiny import save_tiny_model
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32")
@@ -289,6 +292,21 @@ def test_answers_of_the_start_model_join_those_of_the_data(start: Path, scored: 
         assert group.responses[0].score == -min(
             r.length_chars for other in collected if other.prompt == group.prompt for r in other.responses
         )
+
+
+def test_a_judge_that_gives_the_rewards_is_paid_once_and_is_on_the_page(
+    start: Path, scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    with JudgeServer() as server:
+        for budget in (13, 13, 100):
+            feedback = Feedback(base_url=server.url, concurrency=1, budget_calls=budget)
+            with nullcontext() if budget == 100 else pytest.raises(BudgetReached, match="the budget of 13 calls"):
+                run_it(FaConfig, start, scored, tmp_path / "run", reward="api:small", feedback=feedback)
+            assert len(server.answered) == min(budget, 18)  # nine prompts with two answers, in both orders
+        assert server.most_asked() == 1
+    [part] = page_of([read_story(tmp_path / "run")]).runs
+    assert part.judge[0] == ("api:small", "18 calls, 26 answers from the cache")
 
 
 def test_fine_tuning_on_pairs_takes_the_chosen_answers(start: Path, tmp_path: Path) -> None:

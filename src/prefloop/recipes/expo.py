@@ -16,8 +16,7 @@ preference over theta_1 where no scorer is given; --pairs makes theta_1 by a DPO
 again on held-out prompts, because a figure that was chosen by flatters.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -53,7 +52,6 @@ from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
     from prefloop.feedback.annotator import Annotator, Judgement
-    from prefloop.feedback.meter import Meter
     from prefloop.feedback.scorer import Scores
     from prefloop.run import Run, Stage
 
@@ -160,19 +158,18 @@ def expo(cfg: ExpoConfig, run: "Run") -> ModelRef:
     run.stage("distance", distance, base, aligned)
 
     look = partial(look_at, run, aligned, [], cfg, beta=cfg.beta, prompts=held_out)
-    with judge.counted(run):
-        own = look("aligned", aligned) if held_out else []
-        tried = search(cfg, run, base, aligned, prompts, judge) if cfg.alpha == "auto" else []
-        alpha = run.stage("choice", choose, tried, cfg.alpha)["alpha"]
-        folder = run.stage("expo/model", extrapolated, base, aligned, alpha)
-        model = ModelRef.of(folder.path, name=f"expo, alpha = {alpha:g}")
-        if is_adapter(cfg.aligned):
-            scale_adapter_too(run, Path(cfg.aligned), alpha)
-        if held_out:
-            answers = look("expo", model)
-            if own and judge.named:
-                before = weigh(run, "aligned", 0.0, own, own, None, aligned, judge, cfg)
-                weigh(run, "expo", alpha, answers, own, before, aligned, judge, cfg)
+    own = look("aligned", aligned) if held_out else []
+    tried = search(cfg, run, base, aligned, prompts, judge) if cfg.alpha == "auto" else []
+    alpha = run.stage("choice", choose, tried, cfg.alpha)["alpha"]
+    folder = run.stage("expo/model", extrapolated, base, aligned, alpha)
+    model = ModelRef.of(folder.path, name=f"expo, alpha = {alpha:g}")
+    if is_adapter(cfg.aligned):
+        scale_adapter_too(run, Path(cfg.aligned), alpha)
+    if held_out:
+        answers = look("expo", model)
+        if own and judge.named:
+            before = weigh(run, "aligned", 0.0, own, own, None, aligned, judge, cfg)
+            weigh(run, "expo", alpha, answers, own, before, aligned, judge, cfg)
     return conclude(run, model)
 
 
@@ -221,20 +218,10 @@ class Judge:
 
     annotator: "Annotator | None"
     scorer: "Scores | None"
-    meter: "Meter"
 
     @property
     def named(self) -> bool:
         return self.annotator is not None or self.scorer is not None
-
-    @contextmanager
-    def counted(self, run: "Run") -> Iterator[None]:
-        """However it ends, what was used is in the event log."""
-        try:
-            yield
-        finally:
-            if self.meter.tallies:
-                run.event("feedback", **self.meter.summary())
 
 
 def load_judge(cfg: ExpoConfig, run: "Run") -> Judge:
@@ -245,14 +232,12 @@ def load_judge(cfg: ExpoConfig, run: "Run") -> Judge:
 
     if cfg.alpha == "auto" and not (cfg.annotator or cfg.scorer):
         raise InputError("--alpha auto needs --annotator, such as rule:helpful or judge:MODEL, or a --scorer")
-    meter = load_meter(cfg.feedback)
-    stage = Stage(name="search", run=run)
-    annotator = (
-        load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
-        if cfg.annotator
-        else None
-    )
-    return Judge(annotator, load_function(cfg.scorer, others="") if cfg.scorer else None, meter)
+    if cfg.scorer:
+        return Judge(None, load_function(cfg.scorer, others=""))
+    if not cfg.annotator:
+        return Judge(None, None)
+    meter, stage = load_meter(cfg.feedback, run=run), Stage(name="search", run=run)
+    return Judge(load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage), None)
 
 
 def search(

@@ -8,6 +8,7 @@ FA, RWR and CA are the offline methods of Hu et al. 2023 (arXiv 2308.12050); doc
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -109,12 +110,12 @@ class Judges(NamedTuple):
 
 def load_judges(cfg: SupervisedConfig, run: "Run") -> Judges:
     """The annotators of a run. Raises InputError, before anything is computed, for what cannot be used."""
-    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.run import Stage
 
-    def load(name: str) -> "Annotator":
-        return load_annotator(name, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
-
+    meter = load_meter(cfg.feedback, run=run)
+    load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, meter=meter,
+                   stage=Stage(name="feedback", run=run))  # fmt: skip
     name = cfg.reward if isinstance(cfg, ScoredConfig) else "column"
     if isinstance(cfg, ScoredConfig) and name == "column" and cfg.samples:
         raise InputError(

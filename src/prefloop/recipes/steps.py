@@ -14,6 +14,7 @@ from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, are_answers, load_answers, load_pairs, load_prompts, load_rows
 from prefloop.errors import CheckFailed, InputError
 from prefloop.evaluate.checkup import checkup
+from prefloop.feedback.meter import described
 from prefloop.feedback.scorer import score_by
 from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
 from prefloop.pairs.replay import hold_out
@@ -295,7 +296,9 @@ def look_at(
 
 
 def conclude(run: Run, model: ModelRef) -> ModelRef:
-    """The final model with its card as RUN/model, and the reports: report.md and report.html."""
+    """The final model with its card as RUN/model, and the reports: report.md and report.html; what annotators have used
+    is said.
+    """
     folder = run.stage("model", export, model, model_card(read_story(run.path)))
     story = read_story(run.path)
     write_report(story)
@@ -318,6 +321,8 @@ def run_in_folder(recipe: str, method: Callable[[Any, Run], ModelRef], cfg: Conf
         model = method(cfg, run)
     story = read_story(out)
     seconds = sum(entry["seconds"] for entry in story.stages.values())
+    if story.usage:
+        run.note(f"feedback: {described(story.usage)}")
     for table in terminal_tables(story):
         Console().print(table)
     print(f"report  {out / REPORT}\nmodel   {model.path}\nstages  {seconds:.0f} s in all")
