@@ -250,11 +250,12 @@ def search(
     found: list[Candidate] = []
     while alphas := next_alphas(found, grid=cfg.search.grid, largest=cfg.search.largest):
         for alpha in alphas:
-            label = f"search/alpha-{alpha:.12g}"
+            label = f"search/alpha-{alpha:.12g}".replace("+", "")  # 1e+30 is no name of a stage
             answers = run.stage(f"{label}/answers", answers_at, base, aligned, alpha, prompts, cfg)
-            own = own or answers
+            heard = not isinstance(answers, Candidate)
+            own = own or (answers if heard else [])
             found.append(weigh(run, label, alpha, answers, own, found[0] if found else None, aligned, judge, cfg))
-            if cfg.search.keep_models:
+            if cfg.search.keep_models and heard:
                 run.stage(f"{label}/model", extrapolated, base, aligned, alpha)
     return found
 
@@ -294,20 +295,28 @@ def choose(tried: Sequence[Candidate], alpha: float | str, *, stage: "Stage") ->
 
 def answers_at(
     base: ModelRef, aligned: ModelRef, alpha: float, prompts: Sequence[Prompt], cfg: ExpoConfig, *, stage: "Stage"
-) -> list[Group]:
+) -> list[Group] | Candidate:
     """Stage: the answers of theta(alpha), whose weights are on the disk only meanwhile.
 
-    None where the sampler's own check fails, as it may where weights have left what a model is: alpha is passed over.
+    A candidate that is refused unheard where a weight leaves the range of its dtype, or where the sampler's own check
+    fails, as it may where weights have left what a model is.
     """
     from prefloop.atomic import write_folder_atomically
-    from prefloop.merge.extrapolate import extrapolate
+    from prefloop.merge.extrapolate import OutOfRange, extrapolate
+
+    def refused(why: str) -> Candidate:
+        stage.note(f"alpha = {alpha:g} is passed over: {why}")
+        return Candidate(alpha=alpha, answers=0, refused=why)
 
     model = aligned
     if alpha:
         assert stage.scratch is not None
         folder = stage.scratch / "model"
-        if not folder.is_dir():
-            write_folder_atomically(folder, lambda path: extrapolate(base, aligned, alpha, path))
+        try:
+            if not folder.is_dir():
+                write_folder_atomically(folder, lambda path: extrapolate(base, aligned, alpha, path))
+        except OutOfRange as error:
+            return refused(str(error))
         model = ModelRef.of(folder, name=f"alpha = {alpha:g}")
     try:
         return sample(model, prompts, k=1, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "answers"),
@@ -315,15 +324,14 @@ def answers_at(
     except CheckFailed as error:
         if alpha <= 0:
             raise
-        stage.note(f"alpha = {alpha:g} is passed over: {error}")
-        return []
+        return refused(f"its answers were not sampled from it (a check of the sampler: {error})")
 
 
 def weigh(
     run: "Run",
     label: str,
     alpha: float,
-    answers: Sequence[Group],
+    answers: Sequence[Group] | Candidate,
     own: Sequence[Group],
     beside: Candidate | None,
     aligned: ModelRef,
@@ -337,13 +345,19 @@ def weigh(
     from prefloop.feedback.scorer import score_with
     from prefloop.feedback.stage import ask
 
-    verdicts = []
-    if answers and judge.scorer:
+    if isinstance(answers, Candidate):
+        return run.stage(f"{label}/figures", unheard, answers)
+    if judge.scorer:
         verdicts = run.stage(f"{label}/scores", score_with, answers, judge.scorer)
-    elif answers:
+    else:
         verdicts = run.stage(f"{label}/judgements", ask, comparisons_of(answers, own), judge.annotator)
     return run.stage(f"{label}/figures", figures, alpha, answers, verdicts, beside, aligned, cfg.guard,
                      compute=cfg.compute)  # fmt: skip
+
+
+def unheard(one: Candidate) -> Candidate:
+    """Stage: what there is to say of a candidate that did not answer."""
+    return one
 
 
 def figures(
@@ -360,10 +374,6 @@ def figures(
     """Stage: the figures of one alpha, and whether the guard refuses it."""
     from prefloop.train.reference import logps_under
 
-    if not answers:
-        return Candidate(
-            alpha=alpha, answers=0, refused="its answers were not sampled from it (a check of the sampler)"
-        )
     items = [(group.prompt, group.responses) for group in answers]
     logps = logps_under(aligned, items, compute=compute, part="aligned", stage=stage)
     found = candidate(alpha, answers, logps, verdicts)
