@@ -326,19 +326,47 @@ def test_fine_tuning_on_pairs_takes_the_chosen_answers(start: Path, tmp_path: Pa
         (SftConfig, {"evaluator": "rule:tests.feedback.test_scores:longer_wins"}, "only compares two answers"),
         (CaConfig, {"targets": (1.0,)}, "--targets needs who scores the answers"),
         (SftConfig, {"data": ""}, "--data is missing"),
+        (FaConfig, {"data": "seed:train"}, "--reward column: no answer in seed:train has a reward; give them in a col"),
+        (
+            FaConfig,
+            {"samples": 2, "reward": "rule:short", "sampling": Sampling(max_new_tokens=1000), "held_out": "one"},
+            "it does not fit the model's context of 1024",
+        ),
+        (CaConfig, {"data": "ended"}, "says a reward already"),
+        (CaConfig, {"held_out": "ended"}, "says a reward already"),
+        (CaConfig, {"held_out": "one", "sampling": Sampling(max_new_tokens=990)}, "tokens; with 990 new ones it does"),
+        (CaConfig, {"data": "long", "held_out": "one"}, "tokens; with 1 new ones it does not fit"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(
     cls: type[SupervisedConfig], options: dict[str, Any], said: str, start: Path, scored: str, tmp_path: Path
 ) -> None:
+    files = {
+        "one": prompts_in(tmp_path, "?"),
+        "ended": write(tmp_path / "ended.jsonl", [1.0, 2.0], " <rm_score>: 0.00 "),
+        "long": write(tmp_path / "long.jsonl", [1.0, 2.0] * 10, "?" * 980),
+    }
+    options = {name: files.get(str(value), value) for name, value in {"data": scored, **options}.items()}
     with pytest.raises(InputError, match=said.replace("?", ".")):
-        run_it(cls, start, **{"data": scored, **options}, out=tmp_path / "run")
+        run_it(cls, start, **options, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_threshold_that_no_answer_reaches_is_said(start: Path, scored: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="threshold = 9: no answer has a standardised reward above it; lower it"):
         run_it(FaConfig, start, scored, tmp_path / "run", threshold=9.0)
+
+
+def test_a_conditional_model_that_is_trained_further_stays_conditional(
+    conditional: Path, scored: str, tmp_path: Path
+) -> None:
+    ref = ModelRef.of(conditional / "model")
+    write_model(tmp_path / "further", load_model(ref), load_tokenizer(ref))  # as training, and a merge, write it
+    for name in ("condition.json", "reward_scale.json"):
+        assert (tmp_path / "further" / name).read_bytes() == (conditional / "model" / name).read_bytes()
+    assert ModelRef.of(tmp_path / "further").asking_for(1.0).reward == 1.0
+    with pytest.raises(InputError, match="is conditional already"):
+        run_it(CaConfig, tmp_path / "further", scored, tmp_path / "run")
 
 
 def test_a_model_without_a_chat_template_or_with_a_conditional_one_cannot_be_made_conditional(
