@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from prefloop.feedback.meter import usage_of
 from prefloop.models import cache_folder, resolve
 from prefloop.sample.options import Server
 from prefloop.sample.process import SupervisedProcess
@@ -96,9 +97,7 @@ def run(folder: Path, name: str, annotator: str, *options: str) -> dict[str, Any
 
 def feedback(run: Path) -> dict[str, Any]:
     """What every LLM judge of a run has used in all."""
-    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["event"] == "feedback"][-1]
-    return {key: value for key, value in last.items() if isinstance(value, dict)}
+    return {name: tally.to_json() for name, tally in usage_of(run).items()}
 
 
 @contextmanager

@@ -192,6 +192,24 @@ def test_an_interrupted_search_ends_in_the_same_bytes(
     assert (tmp_path / "run/manifest.json").read_bytes() == before
 
 
+def test_an_alpha_that_overflows_is_refused_and_the_search_goes_on(
+    by_scorer: ExpoConfig, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In float16 a number ends at 65504."""
+    base, aligned = tmp_path / "base", tmp_path / "aligned"
+    for theta, folder, factor in ((models[0], base, 1.0), (models[1], aligned, 1.5)):
+        shutil.copytree(theta, folder)
+        tensors = {name: value.half() for name, value in load_file(folder / WEIGHTS).items()}
+        tensors["model.norm.weight"][0] *= factor
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    out = run_expo(by_scorer.replace(base=str(base), aligned=str(aligned), search__grid=(0.5, 1e6)), tmp_path / "run")
+    story = read_story(out)
+    assert [one.alpha for one in story.tried][-1] == 1e6 and len(story.tried) >= 4
+    assert story.tried[-1].answers == 0 and story.alpha is not None and story.alpha < 1e6
+    assert "alpha = 1e+06 takes model." in (why := story.tried[-1].refused or "") and why.endswith("lower it")
+    assert why in (out / "report.md").read_text() or why[:40] in (out / "report.md").read_text()
+
+
 def simulated(
     value: Any, *, grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5), largest: float = 32.0
 ) -> list[Candidate]:

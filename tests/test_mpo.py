@@ -136,6 +136,15 @@ def test_ppo_goes_on_from_the_dpo_model_and_is_measured_against_both(finished: t
     assert rows[1]["kl"] != 0.0
     assert "round-1/checkup" in stages and "round-2/checkup" in stages
 
+    def prompts_in(name: str) -> set[str]:
+        found = [json.loads(line)["prompt"]["messages"][0]["content"] for line in (run / name).read_text().splitlines()]
+        return set(found)
+
+    # The score of pair i is i % 4 against 1.
+    assert prompts_in("round-1/training_pairs.jsonl") == {f"Question {i}?" for i in (2, 3, 6, 7, 10, 11)}
+    hard = {f"Question {i}?" for i in (0, 1, 4, 5, 8, 9)}
+    assert prompts_in("round-2/model/feedback.jsonl") == hard  # two batches of four of six
+
 
 class Killed(BaseException):
     """What a kill looks like from inside."""

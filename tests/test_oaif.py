@@ -17,6 +17,7 @@ from prefloop.cli import main
 from prefloop.errors import BudgetReached, FeedbackError, InputError
 from prefloop.feedback.annotator import Comparison, Judgement
 from prefloop.feedback.chat_server import Patience
+from prefloop.feedback.meter import usage_of
 from prefloop.models import ModelRef
 from prefloop.progress import Advance, ignore
 from prefloop.recipes import oaif as recipe
@@ -206,11 +207,6 @@ def test_what_is_missing_is_named(cfg: OaifConfig, tmp_path: Path, missing: str,
         run_oaif(cfg.replace(**{missing: ""}), tmp_path / "run")
 
 
-def feedback_events(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [row["api:small"] for row in rows if row["event"] == "feedback"]
-
-
 def test_a_judge_whose_server_dies_is_paid_once_for_every_question(
     cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,16 +225,17 @@ def test_a_judge_whose_server_dies_is_paid_once_for_every_question(
         with JudgeServer(misbehave=lambda n, body, reply, d=dies_at: replace(reply, cut=n >= d)) as dying:
             with pytest.raises(FeedbackError, match="kept: run the same command again"):
                 judged_by(dying, f"dies at {dies_at}")
+        first = usage_of(tmp_path / f"dies at {dies_at}")["api:small"]
         with JudgeServer() as again:
             run = judged_by(again, f"dies at {dies_at}")
         for name in ("model/model.safetensors", "round-1/model/training_log.jsonl"):
             assert (run / name).read_bytes() == (whole / name).read_bytes(), name
         asked = [json.dumps(body, sort_keys=True) for body in dying.answered + again.answered]
         assert sorted(asked) == sorted(json.dumps(body, sort_keys=True) for body in healthy.answered)
-        first, second = feedback_events(run)
-        assert first["faults"]["connection"] >= 7 and first["calls"] == len(dying.answered) == dies_at - 1
+        assert first.faults["connection"] >= 7 and first.calls == len(dying.answered) == dies_at - 1
         # The second process goes on counting where the first one stopped.
-        assert second["faults"] == first["faults"] and second["calls"] == len(asked)
+        second = usage_of(run)["api:small"]
+        assert second.faults == first.faults and second.calls == len(asked)
 
 
 def test_a_budget_is_the_runs_and_not_the_processs(
@@ -261,8 +258,8 @@ def test_a_budget_is_the_runs_and_not_the_processs(
         assert len(asked) == 2
         run_oaif(api.replace(feedback__budget_calls=1000), tmp_path / "run")
     assert len(asked) == 5
-    [*_, last] = feedback_events(tmp_path / "run")
-    assert last["calls"] == len(server.answered) == server.most_asked() * len({json.dumps(b) for b in server.answered})
+    used = usage_of(tmp_path / "run")["api:small"]
+    assert used.calls == len(server.answered) == server.most_asked() * len({json.dumps(b) for b in server.answered})
 
 
 def test_an_annotator_that_never_answers_stops_the_run(cfg: OaifConfig, tmp_path: Path) -> None:

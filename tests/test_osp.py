@@ -14,11 +14,11 @@ from prefloop.feedback.annotator import Comparison, Judgement, average, sigmoid
 from prefloop.feedback.cache import JudgementCache
 from prefloop.feedback.instructions import load_instruction
 from prefloop.feedback.judge import LocalJudge
-from prefloop.feedback.meter import Meter
+from prefloop.feedback.meter import Meter, usage_of
 from prefloop.feedback.rule import RuleAnnotator, load_rule
 from prefloop.models import ModelRef
 from prefloop.pairs.ranked import Pairing, paired, ranked_pairs, strength, tempered
-from prefloop.recipes.osp import Judge, OspConfig, osp, strengths
+from prefloop.recipes.osp import OspConfig, osp, strengths
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import Run, Stage
@@ -135,9 +135,9 @@ def test_judge_calls_are_n_minus_1_or_n_a_prompt_and_twice_that_in_both_orders(
         cache=JudgementCache(tmp_path / "cache.sqlite"),
     )  # fmt: skip
     stage = Stage.detached()
-    ranked = strengths(groups, baselines, Judge(own, meter), temperature=1.0, stage=stage)
+    ranked = strengths(groups, baselines, own, temperature=1.0, stage=stage)
     assert stage.counts["comparisons"] == 3 * a_prompt
-    assert stage.counts["questions"] == stage.counts["judge calls"] == meter.to_json()["calls"] == 2 * 3 * a_prompt
+    assert stage.counts["questions"] == meter.tallies[own.name].calls == 2 * 3 * a_prompt
     assert stage.counts["decided"] + stage.counts["tie"] == 3 * a_prompt
     base = {g.prompt.id: g.responses[0] for g in (baselines or groups)}
     for g in ranked:
@@ -156,12 +156,11 @@ def test_abstentions_and_identical_answers_are_counted_and_not_asked() -> None:
     texts = ("x" * 10, "x" * 35, "x" * 10, "x" * 20)
     one = Group(prompt=Prompt.of("?"), responses=tuple(Response(text=text) for text in texts))
     stage = Stage.detached()
-    [ranked] = strengths([one], [], Judge(RuleAnnotator(never, "never"), Meter()), temperature=1.0, stage=stage)
+    [ranked] = strengths([one], [], RuleAnnotator(never, "never"), temperature=1.0, stage=stage)
     assert [r.score for r in ranked.responses] == [0.0, None, 0.0, pytest.approx(-math.log(3))]
     assert ranked.responses[1].failure == "the rule gave no answer"
     expected = {"comparisons": 3, "identical": 1, "decided": 1, "tie": 0, "abstained": 1, "questions": 4}
     assert {name: stage.counts[name] for name in expected} == expected
-    assert "judge calls" not in stage.counts  # a rule is not called at a cost
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +275,7 @@ def test_killed_and_out_of_budget_it_ends_in_the_same_bytes(
         if entry["artifact"]["kind"] != "folder":
             assert (tmp_path / "run" / path).read_bytes() == (finished / path).read_bytes(), name
     assert ModelRef.of(tmp_path / "run/model").weights == ModelRef.of(finished / "model").weights
-    counted = [stages(tmp_path / "run")[f"round-{t}/strengths"]["counts"]["judge calls"] for t in (1, 2)]
-    assert sum(counted) == calls
+    assert sum(tally.calls for tally in usage_of(tmp_path / "run").values()) == calls
 
 
 def test_an_annotator_of_ones_own_a_baseline_of_pi_0_and_a_model_that_learned_to_judge(

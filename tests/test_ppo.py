@@ -10,16 +10,17 @@ import pytest
 from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.registry import load_annotator
 from prefloop.feedback.reward_model import RewardModel
+from prefloop.models import resolve
 from prefloop.recipes import ppo as recipe
 from prefloop.recipes.ppo import Ppo, PpoConfig, beta_of_step, ppo
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Prompt, Response
 from prefloop.report.page import page_of
 from prefloop.report.story import read_story
-from prefloop.run import Run
+from prefloop.run import Run, Stage
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
-from prefloop.train.ppo import adapted
+from prefloop.train.ppo import ActorCritic, adapted
 from tests.feedback.annotators import save_tiny_reward_model
 from tests.sample.engines import stopping_folder
 
@@ -163,6 +164,24 @@ def test_with_adapters_policy_reference_and_values_share_their_base(cfg: PpoConf
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert any("policy, reference and values share a base" in event.get("text", "") for event in events)
     assert log_of(run)[0]["kl"] == pytest.approx(0.0, abs=1e-4) and log_of(run)[1]["kl"] != 0.0
+
+
+def test_steps_by_hand(cfg: PpoConfig) -> None:
+    """An answer that was cut pays, one without a score is left out, and the schedule counts optimiser steps."""
+    linear = cfg.replace(train__schedule="linear", train__warmup_steps=0)
+    start = resolve(cfg.policy)
+    online = ActorCritic(*recipe.learners(start, start, linear, Stage.detached()))
+    prompts = [Prompt.of(f"Question {i}?") for i in range(8)]
+    groups = [
+        group.model_copy(update={"responses": (group.responses[0].model_copy(update={"finish_reason": reason}),)})
+        for group, reason in zip(
+            online.sample(prompts, k=1, sampling=cfg.sampling, seed=1), ["stop", "length"] * 4, strict=True
+        )
+    ]
+    rollouts = recipe.experience(groups, ["no score", *map(float, range(7))], online, linear, beta=0.1)
+    assert [(r.score, r.penalty) for r in rollouts] == [(float(i), 0.0 if i % 2 else 0.5) for i in range(7)]
+    rates = [recipe.update(online, rollouts, step, linear)["learning_rate"] for step in range(4)]
+    assert rates == pytest.approx([3e-3 * (1 - (4 * step + 1.5) / 16) for step in range(4)])  # 4 in each of 4 steps
 
 
 def test_beta_stays_without_a_target(cfg: PpoConfig) -> None:

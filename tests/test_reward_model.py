@@ -10,9 +10,10 @@ import pytest
 
 from prefloop.cli import main
 from prefloop.data.chat import ChatFormat
-from prefloop.errors import InputError
+from prefloop.errors import BudgetReached, InputError
 from prefloop.evaluate.reward_pairs import RewardPairs, reward_pairs
 from prefloop.feedback.annotator import Comparison, sigmoid
+from prefloop.feedback.meter import usage_of
 from prefloop.feedback.options import Feedback
 from prefloop.feedback.registry import load_annotator
 from prefloop.feedback.reward_model import conversation_ids
@@ -22,9 +23,10 @@ from prefloop.recipes.reward_model import RewardModelConfig, deal, reward_model
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.page import page_of, render
 from prefloop.report.story import read_story
-from prefloop.run import Run, Stage
+from prefloop.run import Round, Run, Stage
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
+from tests.feedback.judge_server import JudgeServer
 from tests.tiny import save_tiny_model
 
 COMPUTE = Compute(device="cpu", dtype="float32")
@@ -62,18 +64,35 @@ def run_recipe(cfg: RewardModelConfig, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(cfg: RewardModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_recipe(cfg, tmp_path_factory.mktemp("run") / "run")
+def trained_on() -> dict[str, set[str]]:
+    """The prompts that each model of `finished` was trained on, by the model's part of the run."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(cfg: RewardModelConfig, tmp_path_factory: pytest.TempPathFactory, trained_on: dict[str, set[str]]) -> Path:
+    real = recipe.train_on
+
+    def told(round: Round, start: ModelRef, pairs: list[Pair], *args: Any, **kwargs: Any) -> ModelRef:
+        trained_on[round.label] = {pair.prompt.id for pair in pairs}
+        return real(round, start, pairs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "train_on", told)
+        return run_recipe(cfg, tmp_path_factory.mktemp("run") / "run")
 
 
 def pairs_in(file: Path) -> list[Pair]:
     return [Pair.from_json(line) for line in file.read_text().splitlines()]
 
 
-def test_no_pair_is_scored_by_a_model_that_was_trained_on_its_prompt(finished: Path) -> None:
+def test_no_pair_is_scored_by_a_model_that_was_trained_on_its_prompt(
+    finished: Path, trained_on: dict[str, set[str]]
+) -> None:
     scored = [pairs_in(finished / f"fold-{i}/scored.jsonl") for i in (1, 2)]
     prompts = [{pair.prompt.id for pair in part} for part in scored]
     assert len(prompts[0]) == len(prompts[1]) == 6 and not prompts[0] & prompts[1]
+    assert trained_on == {"fold-1": prompts[1], "fold-2": prompts[0], "round-1": prompts[0] | prompts[1]}
     together = pairs_in(finished / "cross-fit/pairs.jsonl")
     assert [pair.prompt.messages[0].content for pair in together] == [f"Question {i}?" for i in range(12)]
     assert sorted(p.chosen_score or 0 for p in together) == sorted(p.chosen_score or 0 for part in scored for p in part)
@@ -192,6 +211,26 @@ def test_an_annotator_labels_pairs_anew(cfg: RewardModelConfig, tmp_path: Path) 
     with Run.open(tmp_path / "run", recipe="reward-model", config=cfg) as run:
         again = recipe.preferences(cfg.replace(annotator="rule:long"), run, ModelRef.of(Path(cfg.policy)))
     assert [pair.chosen.text for pair in again] == [f"No, {i}.." for i in range(12)]
+
+
+def test_a_budget_of_labels_is_the_runs(
+    cfg: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+
+    def labels(cfg: RewardModelConfig) -> list[Pair]:
+        with Run.open(tmp_path / "run", recipe="reward-model", config=cfg) as run:
+            return recipe.preferences(cfg, run, ModelRef.of(Path(cfg.policy)))
+
+    with JudgeServer() as server:
+        api = cfg.replace(annotator="api:small", feedback__base_url=server.url, feedback__budget_calls=5,
+                          feedback__concurrency=1)  # fmt: skip
+        for _ in range(2):
+            with pytest.raises(BudgetReached, match="the budget of 5 calls is used up"):
+                labels(api)
+            assert len(server.answered) == 5
+        labels(api.replace(feedback__budget_calls=100))
+    assert usage_of(tmp_path / "run")["api:small"].calls == len(server.answered) == 24
 
 
 def test_folds_are_dealt_by_prompt() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefloop.cli import main
 from prefloop.data.chat import ChatFormat
 from prefloop.data.condition import Condition
-from prefloop.errors import InputError
-from prefloop.models import ModelRef, load_tokenizer
+from prefloop.errors import BudgetReached, InputError
+from prefloop.feedback.options import Feedback
+from prefloop.models import ModelRef, load_model, load_tokenizer, write_model
 from prefloop.pairs.replay import hold_out
 from prefloop.pairs.rewards import RewardScale
 from prefloop.recipes.ca import CaConfig, ca
@@ -30,6 +32,7 @@ from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner, batch_of_step
+from tests.feedback.judge_server import JudgeServer
 from tests.tiny import save_tiny_model
 
 COMPUTE = Compute(device="cpu", dtype="float32", sampling_dtype="float32")
@@ -291,6 +294,21 @@ def test_answers_of_the_start_model_join_those_of_the_data(start: Path, scored: 
         )
 
 
+def test_a_judge_that_gives_the_rewards_is_paid_once_and_is_on_the_page(
+    start: Path, scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    with JudgeServer() as server:
+        for budget in (13, 13, 100):
+            feedback = Feedback(base_url=server.url, concurrency=1, budget_calls=budget)
+            with nullcontext() if budget == 100 else pytest.raises(BudgetReached, match="the budget of 13 calls"):
+                run_it(FaConfig, start, scored, tmp_path / "run", reward="api:small", feedback=feedback)
+            assert len(server.answered) == min(budget, 18)  # nine prompts with two answers, in both orders
+        assert server.most_asked() == 1
+    [part] = page_of([read_story(tmp_path / "run")]).runs
+    assert part.judge[0] == ("api:small", "18 calls, 26 answers from the cache")
+
+
 def test_fine_tuning_on_pairs_takes_the_chosen_answers(start: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -308,19 +326,47 @@ def test_fine_tuning_on_pairs_takes_the_chosen_answers(start: Path, tmp_path: Pa
         (SftConfig, {"evaluator": "rule:tests.feedback.test_scores:longer_wins"}, "only compares two answers"),
         (CaConfig, {"targets": (1.0,)}, "--targets needs who scores the answers"),
         (SftConfig, {"data": ""}, "--data is missing"),
+        (FaConfig, {"data": "seed:train"}, "--reward column: no answer in seed:train has a reward; give them in a col"),
+        (
+            FaConfig,
+            {"samples": 2, "reward": "rule:short", "sampling": Sampling(max_new_tokens=1000), "held_out": "one"},
+            "it does not fit the model's context of 1024",
+        ),
+        (CaConfig, {"data": "ended"}, "says a reward already"),
+        (CaConfig, {"held_out": "ended"}, "says a reward already"),
+        (CaConfig, {"held_out": "one", "sampling": Sampling(max_new_tokens=990)}, "tokens; with 990 new ones it does"),
+        (CaConfig, {"data": "long", "held_out": "one"}, "tokens; with 1 new ones it does not fit"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(
     cls: type[SupervisedConfig], options: dict[str, Any], said: str, start: Path, scored: str, tmp_path: Path
 ) -> None:
+    files = {
+        "one": prompts_in(tmp_path, "?"),
+        "ended": write(tmp_path / "ended.jsonl", [1.0, 2.0], " <rm_score>: 0.00 "),
+        "long": write(tmp_path / "long.jsonl", [1.0, 2.0] * 10, "?" * 980),
+    }
+    options = {name: files.get(str(value), value) for name, value in {"data": scored, **options}.items()}
     with pytest.raises(InputError, match=said.replace("?", ".")):
-        run_it(cls, start, **{"data": scored, **options}, out=tmp_path / "run")
+        run_it(cls, start, **options, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_threshold_that_no_answer_reaches_is_said(start: Path, scored: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="threshold = 9: no answer has a standardised reward above it; lower it"):
         run_it(FaConfig, start, scored, tmp_path / "run", threshold=9.0)
+
+
+def test_a_conditional_model_that_is_trained_further_stays_conditional(
+    conditional: Path, scored: str, tmp_path: Path
+) -> None:
+    ref = ModelRef.of(conditional / "model")
+    write_model(tmp_path / "further", load_model(ref), load_tokenizer(ref))  # as training, and a merge, write it
+    for name in ("condition.json", "reward_scale.json"):
+        assert (tmp_path / "further" / name).read_bytes() == (conditional / "model" / name).read_bytes()
+    assert ModelRef.of(tmp_path / "further").asking_for(1.0).reward == 1.0
+    with pytest.raises(InputError, match="is conditional already"):
+        run_it(CaConfig, tmp_path / "further", scored, tmp_path / "run")
 
 
 def test_a_model_without_a_chat_template_or_with_a_conditional_one_cannot_be_made_conditional(

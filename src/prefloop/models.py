@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefloop.data.condition import CONDITION, asking_for
+from prefloop.data.condition import CONDITION, REWARD_SCALE, asking_for
 from prefloop.errors import InputError
 
 if TYPE_CHECKING:
@@ -271,11 +271,18 @@ def load_tokenizer(ref: ModelRef) -> "PreTrainedTokenizerBase":
 
 
 def write_model(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write an ordinary transformers folder: safetensors, tokenizer, chat template, generation config."""
+    """Write an ordinary transformers folder: safetensors, tokenizer, chat template, generation config.
+
+    Where the folder that the tokenizer is from says how its chat template conditions, so does the new one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    source = Path(tokenizer.name_or_path)
+    for name in (CONDITION, REWARD_SCALE) if (source / CONDITION).is_file() else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def copy_model(ref: ModelRef, folder: Path) -> None:

@@ -1,13 +1,17 @@
 """Conditional alignment: what is written, that it reads back, and that the saved chat template does the same."""
 
+from pathlib import Path
+
 import pytest
 
 from prefloop.config import parse_config
 from prefloop.data.chat import ChatFormat
-from prefloop.data.condition import Condition, asking_for
+from prefloop.data.condition import Condition, asking_for, each_template
 from prefloop.errors import InputError
+from prefloop.models import ModelRef, load_tokenizer
+from prefloop.recipes.scored import own_template
 from prefloop.records import Group, Prompt, Response
-from tests.tiny import Template, tiny_tokenizer
+from tests.tiny import Template, save_tiny_model, tiny_tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be {reward}."},
@@ -88,3 +92,42 @@ def test_the_chat_template_writes_what_training_saw(template: Template, conditio
             condition.of(prompt, condition.target)
         )
     assert ChatFormat(conditional).end_token_id == ChatFormat(own).end_token_id
+
+
+PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content"
+    " %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("condition", [Condition(), Condition(template="{reward}! {input}"), Condition(template=ODD)])
+def test_a_message_in_parts_says_the_reward_around_its_parts(condition: Condition) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = condition.chat_template(PARTS)
+
+    def written(content: object) -> str:
+        return str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+
+    image = {"type": "image", "url": "x"}
+    assert written([{"type": "text", "text": "What "}, image, {"type": "text", "text": "is it?"}]) == (
+        "[user]" + condition.render("What <image>is it?", condition.target)
+    )
+    assert written("What is it?") == "[user]" + condition.render("What is it?", condition.target)
+
+
+def test_of_several_chat_templates_each_conditions(tmp_path: Path) -> None:
+    own = {"default": PARTS, "tool_use": "tools: " + PARTS}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = own
+    save_tiny_model(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert own_template(ModelRef.of(tmp_path / "m")) == own
+    tokenizer.chat_template = each_template(own, Condition().chat_template)
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "m/condition.json").write_text(Condition().model_dump_json())
+    model = ModelRef.of(tmp_path / "m")
+    for ref, reward in ((model, "5.00"), (model.asking_for(-1), "-1.00")):
+        for name, start in (("default", "[user]"), ("tool_use", "tools: [user]")):
+            found = load_tokenizer(ref).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False,
+                                                            chat_template=name)  # fmt: skip
+            assert found == f"{start}Hi <rm_score>: {reward} "

@@ -73,6 +73,15 @@ def test_a_checkup_against_arithmetic_by_hand(tmp_path: Path) -> None:
     assert found.accuracy and found.margin and found.kl_per_token and found.length_chars
     assert found.accuracy[0] == (margins > 0).mean()
     assert found.margin[0] == pytest.approx(margins.mean(), abs=1e-4)
+    lengths = np.array([[p.chosen.length_tokens, p.rejected.length_tokens] for p in held_out])
+    for per_token, referenced in ((True, True), (True, False), (False, False)):
+        rewards = (new - old * referenced) / lengths**per_token
+        margins = 0.2 * (rewards[:, 0] - rewards[:, 1])
+        look = checkup(model, start, held_out, [], beta=0.2, per_token=per_token, referenced=referenced,
+                       compute=COMPUTE)  # fmt: skip
+        assert look.margin and look.margin[0] == pytest.approx(margins.mean(), abs=1e-4)
+        assert look.accuracy and look.accuracy[0] == (margins > 0).mean()
+        assert look.chosen_change == found.chosen_change
     assert found.chosen_change == pytest.approx((new - old)[:, 0].mean(), abs=1e-3)
     assert found.rejected_change == pytest.approx((new - old)[:, 1].mean(), abs=1e-3)
     # One byte is one token: 3 + 11 + 16 + 2 bytes of chosen text, and an end token each.

@@ -1,12 +1,14 @@
 """Calls, tokens, money, and the budget that stops an annotator."""
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 
 from prefloop.errors import BudgetReached, InputError
-from prefloop.feedback.meter import Meter, Price, Prices
+from prefloop.feedback import meter as meters
+from prefloop.feedback.meter import USAGE, Meter, Price, Prices, usage_of
 
 PRICES = Prices(models={"small": Price(input=0.15, output=0.60), "big": Price(input=5.0, output=15.0)})
 
@@ -135,3 +137,46 @@ def test_prices_that_cannot_be_used_are_named(tmp_path: Path, text: str, message
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         Prices.read(file)
+
+
+def test_a_meter_goes_on_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / USAGE / "feedback.json"
+    first = Meter(PRICES, budget_calls=4, file=file)
+    first.add("judge", 2, 1000, 100, "big", first.reserve("big", 2))
+    first.add("other", 1, 10, 1, "unknown", first.reserve("unknown"))
+    first.add_fault("judge", "timeout")
+    assert not file.exists()  # about once a second, or when it is told to
+    first.reserve("big")  # under way when the process ends: not counted
+    first.keep()
+    again = Meter(PRICES, budget_calls=4, budget_money=0.01, file=file)
+    assert again.summary() == first.summary() and again.tallies["other"].money is None
+    again.release(again.reserve("big"))
+    with pytest.raises(BudgetReached, match=r"4 calls is used up \(3 made\)"):
+        again.reserve("big", 2)
+    with pytest.raises(BudgetReached, match=r"the budget of 0\.01 is used up: 0\.0065 spent"):
+        again.reserve("big", tokens_in=1000)
+    # An annotator of which a part is unknown: the part that is known stays spent.
+    again.add("other", 1, 1000, 100, "big", again.reserve("big"))
+    again.keep()
+    assert json.loads(file.read_text())["money"] == pytest.approx(0.013)
+    evaluation = Meter(PRICES, file=file.with_name("evaluation.json"))
+    evaluation.add("judge", 1, 5, 1, "big")
+    evaluation.add_hits("judge", 7)
+    evaluation.keep()
+    used = usage_of(tmp_path)
+    assert list(used) == ["judge", "other"] and used["other"].money is None
+    assert (used["judge"].calls, used["judge"].cache_hits, used["judge"].tokens_in) == (3, 7, 1005)
+    assert used["judge"].money == pytest.approx(0.0065 + 40e-6) and used["judge"].faults == {"timeout": 1}
+    file.write_text("[]")
+    with pytest.raises(InputError, match=r"feedback\.json is damaged .*delete it to count from zero"):
+        Meter(file=file)
+
+
+def test_what_is_counted_is_written_while_questions_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meters, "KEEP_EVERY", 0.0)
+    meter = Meter(file=tmp_path / USAGE / "feedback.json")
+    for n in (1, 2):
+        meter.add("judge", 1, 10, 1, "any", meter.reserve("any"))
+        assert usage_of(tmp_path)["judge"].calls == n

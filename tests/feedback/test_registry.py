@@ -3,20 +3,29 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefloop.config import parse_config
-from prefloop.errors import InputError
+from prefloop.errors import BudgetReached, InputError
+from prefloop.feedback.annotator import Annotator
+from prefloop.feedback.meter import usage_of
 from prefloop.feedback.options import Feedback
 from prefloop.feedback.registry import ANNOTATORS, load_annotator, load_meter, split_names
 from prefloop.feedback.votes import Votes
+from prefloop.recipes import expo, osp
+from prefloop.recipes.expo import ExpoConfig
+from prefloop.recipes.fa import FaConfig
 from prefloop.recipes.oaif import OaifConfig
-from prefloop.run import Stage
+from prefloop.recipes.osp import OspConfig, load_evaluator
+from prefloop.recipes.scored import load_judges
+from prefloop.run import Run, Stage
 from tests.feedback.annotators import COMPARISONS, COMPUTE, save_tiny_reward_model
 from tests.feedback.judge_server import JudgeServer
+from tests.sample.engines import stopping_folder
 from tests.tiny import save_tiny_model
 
 
@@ -157,3 +166,39 @@ def test_request_and_votes_reach_the_server() -> None:
         bodies = server.answered
     assert len(bodies) == 6  # three votes in both orders
     assert all("seed" not in body and (body["user"], body["temperature"]) == ("me", 0.4) for body in bodies)
+
+
+def first_of_fa(url: str, run: Run) -> Annotator | None:
+    return load_judges(FaConfig(reward="api:small", feedback=poor(url)), run).reward
+
+
+def annotator_of_expo(url: str, run: Run) -> Annotator | None:
+    return expo.load_judge(ExpoConfig(annotator="api:small", feedback=poor(url)), run).annotator
+
+
+def evaluator_of_osp(url: str, run: Run) -> Annotator | None:
+    return load_evaluator(OspConfig(evaluator="api:small", evaluation=poor(url)), run)
+
+
+def judge_of_osp(url: str, run: Run) -> Annotator | None:
+    return osp.load_judge(OspConfig(annotator="api:small", feedback=poor(url)), run, stopping_folder())
+
+
+def poor(url: str) -> Feedback:
+    return Feedback(base_url=url, concurrency=1, budget_calls=3)
+
+
+@pytest.mark.parametrize("load", [first_of_fa, annotator_of_expo, evaluator_of_osp, judge_of_osp])
+def test_a_budget_is_the_runs_and_not_the_processs(
+    load: Callable[[str, Run], Annotator | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
+    with JudgeServer() as server:
+        for _ in range(3):
+            with pytest.raises(BudgetReached, match=r"3 calls is used up \(3 made\)"):
+                with Run.open(tmp_path / "run", recipe="any", config=Feedback()) as run:
+                    annotator = load(server.url, run)
+                    assert annotator is not None
+                    annotator.judge(COMPARISONS)
+        assert len(server.answered) == 3
+    assert [tally.calls for tally in usage_of(tmp_path / "run").values()] == [3]

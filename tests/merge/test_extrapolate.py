@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefloop.errors import InputError
 from prefloop.merge.extrapolate import (
@@ -20,7 +20,7 @@ from prefloop.merge.extrapolate import (
     places,
     scaled_adapter,
     stepped,
-    structure,
+    structure_of,
 )
 from prefloop.models import ModelRef, load_model, require_peft, resolve
 from prefloop.run import Stage
@@ -117,9 +117,46 @@ def test_tied_embeddings_stay_tied_however_they_are_stored(base: ModelRef, align
     assert torch.equal(twice["lm_head.weight"], once[EMBEDDING]) and torch.equal(twice[EMBEDDING], once[EMBEDDING])
 
 
+def test_names_are_those_that_transformers_loads(tmp_path: Path) -> None:
+    """Folders of a hub may hold the weights of the base model alone: `wte.weight` for `transformer.wte.weight`."""
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "full")
+    full = ModelRef.of(tmp_path / "full")
+    aligned = changed(full.path, tmp_path / "aligned", trained)
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+    def bare(tensors: Tensors) -> Tensors:
+        return {name.removeprefix("transformer."): t for name, t in tensors.items()} | mask
+
+    old = changed(full.path, tmp_path / "old", bare)
+    assert "wte.weight" in load_file(old.path / WEIGHTS)
+    check_ancestor(old, aligned)
+    assert distance(old, aligned) == distance(full, aligned)
+    expected = at(full, aligned, 1.5, tmp_path / "expected")
+    assert flat(at(old, aligned, 1.5, tmp_path / "m")).equal(flat(expected))
+    # The other way round the files stay those of the aligned model: its names, its masks.
+    late = changed(aligned.path, tmp_path / "late", bare)
+    found = at(full, late, 1.5, tmp_path / "m2")
+    assert all(found[name.removeprefix("transformer.")].equal(value) for name, value in expected.items())
+    assert found["h.0.attn.bias"].equal(mask["h.0.attn.bias"])
+    both = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("expected", "m2")]
+    assert all(both[0][name].equal(both[1][name]) for name in both[0])
+    # A weight that is missing is told by its name there.
+    without = changed(
+        full.path, tmp_path / "without", lambda t: bare({k: v for k, v in t.items() if "ln_f.w" not in k})
+    )
+    with pytest.raises(InputError, match=r"transformer\.ln_f\.weight is in aligned .* but not in base"):
+        check_ancestor(without, aligned)
+
+
+def test_a_buffer_that_only_old_files_hold_is_no_difference(base: ModelRef, aligned: ModelRef, tmp_path: Path) -> None:
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    check_ancestor(changed(base.path, tmp_path / "old", lambda t: {**t, **old}), aligned)
+
+
 def test_buffers_and_whole_numbers_are_untouched(base: ModelRef, aligned: ModelRef, tmp_path: Path) -> None:
     buffer = "model.rotary_emb.inv_freq"
-    assert buffer in structure(base)[0]
+    assert buffer in structure_of(base).buffers
 
     def with_others(value: float) -> Callable[[Tensors], Tensors]:
         return lambda t: {**t, buffer: torch.full((4,), value), "steps": torch.tensor([int(value)])}

@@ -60,10 +60,18 @@ def test_counts_and_times_are_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "base"), [("org/model", True), ("runs/mine", True), ("/a/b/c", False), ("./x/y", False)]
 )
-def test_the_card_names_a_base_model_that_looks_like_a_hub_id(tmp_path: Path, policy: str, base: bool) -> None:
-    card = model_card(story(tmp_path, Round("start"), policy=policy, seed=7))
+def test_the_card_names_a_base_model_that_looks_like_a_hub_id(
+    tmp_path: Path, policy: str, base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = story(tmp_path, Round("start"), policy=policy, seed=7)
+    card = model_card(told)
     assert (f"base_model: {policy}" in card) == base
     assert "with seed 7" in card and str(tmp_path) not in card
+    # A folder that is here was taken, whatever the hub has under its name.
+    if base:
+        (tmp_path / policy).mkdir(parents=True)
+        assert "base_model:" not in model_card(told)
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prefloop.atomic import write_atomically
 from prefloop.cli import main
 from prefloop.errors import InputError
 from prefloop.pairs.length import LengthCoefficient
@@ -102,6 +103,9 @@ def test_answers_of_an_online_run_come_with_who_was_preferred(tmp_path: Path) ->
     rows = [*steps(2, loss=1.0), {"step": 2, "evaluation": evaluation(0.7, 0.9, groups=now, preferred=[0.75])}]
     config = {"policy": "small", "prompts": "mine", "annotator": "rule:a", "evaluator": "rule:b"}
     usage = {"calls": 4, "cache_hits": 1, "tokens_in": 90, "tokens_out": 4, "money": 0.5, "calls_without_usage": 0}
+    for n, role in enumerate(("feedback", "evaluation"), start=1):
+        counted = {"money": 0.5, "tallies": {"api:j": {**usage, "faults": {"timeout": n}}}}
+        write_atomically(tmp_path / "run/usage" / f"{role}.json", json.dumps(counted))
     told = read_story(
         write_run(
             tmp_path / "run",
@@ -109,15 +113,14 @@ def test_answers_of_an_online_run_come_with_who_was_preferred(tmp_path: Path) ->
             config=config,
             answers={"start": answers(["before"])},
             training={"round-1": rows},
-            events=[{"event": "feedback", "api:j": {**usage, "faults": {"timeout": n}}} for n in (1, 2)],
         )
     )
     data = samples([told])
     assert data["models"] == [["start", "round-1, step 2"]] and data["judged"] == ["rule:b"]
     assert data["answers"] == [[0, 0, [["before", 0, None], ["after", 0, 0.75]]]]
-    # Two processes worked on the run: what they used is added up.
+    # One judge in two roles, each with its own budget: what it used is added up.
     used = told.usage["api:j"]
-    assert (used["calls"], used["money"], used["faults"]) == (8, 1.0, {"timeout": 3})
+    assert (used.calls, used.money, used.faults) == (8, 1.0, {"timeout": 3})
     (part,) = page_of([told]).runs
     assert ("fault: timeout", "3") in part.judge and ("money", "1") in part.judge
     assert part.win_rates.rows[0][:4] == ("2", "0.70 [0.60, 0.80]", "0.60 [0.50, 0.70]", "0.90 [0.80, 1.00]")

@@ -45,6 +45,15 @@ def test_both_log_probabilities_fall(chosen: float, rejected: float, falls: bool
     assert ("--loss ipo" in remedies(online)) == falls and "--loss ipo" not in remedies(looked)
 
 
+@pytest.mark.parametrize(
+    ("loss", "pulled"), [("dpo", True), ("dpo+simpo", True), ("kto", True), ("simpo:gamma=0.3", False), ("orpo", False)]
+)
+def test_a_higher_beta_is_a_remedy_where_there_is_a_reference(loss: str, pulled: bool) -> None:
+    falls = Round("round-1", checkup=checkup(chosen_change=-0.1, rejected_change=-0.2, kl_per_token=(2.0, 1.5, 3.0)))
+    told = remedies(story(falls, recipe="dpo", loss=loss, beta=None))
+    assert told.count("--beta") == 2 * pulled and "--train.steps" in told
+
+
 def test_what_the_held_out_pairs_say_comes_before_the_training_log() -> None:
     falling = trained(chosen_change=-5.0, rejected_change=-9.0)
     both = Round("round-1", checkup=checkup(), training=falling.training)

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,8 @@ def test_nothing_overflows_far_out(text: str) -> None:
     chosen, rejected = (one.flatten() for one in torch.meshgrid(far, far, indexing="ij"))
     count = torch.full((16,), 7)
     zero = torch.zeros(16)
-    for reference in (zero - 1e4, zero - 5.0, zero):
-        logps = PairLogps(chosen, rejected, reference, reference.flip(0), count, count + 3,
+    for of_chosen, of_rejected in product((-1e4, -5.0, 0.0), repeat=2):
+        logps = PairLogps(chosen, rejected, zero + of_chosen, zero + of_rejected, count, count + 3,
                           PairLogps(zero, 0.1 * rejected, zero, zero), chosen - 5, rejected, zero + 1,
                           zero < 1)  # fmt: skip
         for labels in ({}, {"p": torch.full((16,), 0.3)})[: 1 if loss.no_p else 2]:
@@ -281,7 +282,9 @@ def test_spce_stops_at_the_strength_with_its_entropy(p: float) -> None:
 def test_documented_facts() -> None:
     assert robust_dpo(at_h(100.0)).item() == pytest.approx(-1.25, abs=1e-3)
     # The hinge stops at 1/beta; SPPO's targets are 1/(2 beta) for each answer.
-    assert slopes(parse_loss("slic:beta=0.1"), at_h(10.01))[0].item() == 0 != slopes(parse_loss("hinge"), at_h(9.99))[0]
+    for text, beta in (("slic:beta=0.1", 0.1), ("hinge", 0.05), ("slic", 0.002)):
+        found = [slopes(parse_loss(text), at_h(1 / beta + away))[0].item() for away in (-0.01, 0.01)]
+        assert found == [-beta, 0.0], text
     sppo = at_start()
     sppo = with_policy(sppo, sppo.policy_chosen + 500, sppo.policy_rejected - 500)
     assert parse_loss("sppo_hard")(sppo).item() == 0.0
@@ -319,6 +322,15 @@ def test_alpha_divergence_between_reverse_and_forward_kl() -> None:
     torch.testing.assert_close(
         parse_loss(f"{f}alpha,alpha=0.99999")(logps), parse_loss(f"{f}forward_kl")(logps), rtol=1e-3, atol=1e-3
     )
+
+
+def test_a_small_alpha_is_the_reverse_kl_in_float32() -> None:
+    """e^(-alpha rho) / alpha without its constant: the constant would leave no digits of rho."""
+    logps = example(13, dtype=torch.float32)
+    found = parse_loss("f_dpo:divergence=alpha,alpha=0.000001")
+    torch.testing.assert_close(found(logps), dpo(logps), rtol=1e-5, atol=1e-6)
+    for one, other in zip(slopes(found, logps), slopes(parse_loss("dpo"), logps), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_wpo_weights_by_hand() -> None:
@@ -398,7 +410,18 @@ def test_a_weighted_sum_adds_values_and_needs() -> None:
     assert parse_loss("2*xpo") == parse_loss("2*dpo+0.00002*xpo_bonus")
 
 
-@pytest.mark.parametrize("text", [*LOSSES, *SHORT, "simpo:gamma=1.6,beta=2.5", "0.8*f_dpo:divergence=js+1e-3*nll_sum"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *LOSSES,
+        *SHORT,
+        "slic_hf:nll=1e20",
+        "2e+3*dpo+1e-20*nll_sum",
+        "dpo:beta=1e+20",
+        "simpo:gamma=1.6,beta=2.5",
+        "0.8*f_dpo:divergence=js+1e-3*nll_sum",
+    ],
+)
 def test_the_full_text_of_a_loss_means_the_loss(text: str) -> None:
     assert parse_loss(str(parse_loss(text))) == parse_loss(text)
 
@@ -409,6 +432,16 @@ def test_the_full_text_of_a_loss_means_the_loss(text: str) -> None:
         ("simp", None, r"unknown loss 'simp'\. Did you mean 'simpo'\? Losses: dpo, cdpo"),
         ("simpo:gama=1", None, r"loss simpo: unknown option 'gama', it has beta, gamma\. Did you mean 'gamma'"),
         ("nll_sum:x=1", None, "loss nll_sum: unknown option 'x', it has none"),
+        ("discopop:tau=1.5", None, "loss discopop: tau = 1.5: should be at least 1e-06 and less than 1.0"),
+        ("discopop:tau=0", None, "loss discopop: tau = 0.0: should be at least 1e-06"),
+        (
+            "f_dpo:divergence=forward_kl,beta=1e30",
+            None,
+            "with beta = 1e\\+30, .* its value or gradient is no finite numb",
+        ),
+        ("ipo:beta=1e-25", None, "loss ipo: with beta = 1e-25 its value or gradient is no finite number where an answ"),
+        ("slic_hf:nll=1e38", None, "loss slic_hf: with delta = 1.0, nll = 1e\\+38 its value or gradient is no finite"),
+        ("kto:desirable=1e39", None, "loss kto: with .*desirable = 1e\\+39.* its value or gradient is no finite"),
         ("simpo:gamma=big", None, "loss simpo: gamma = 'big': expected a number"),
         ("dpo+", None, "loss = 'dpo\\+': '' is no term; expected such as simpo, simpo:gamma=1.6"),
         ("robust_dpo:epsilon=0.5", None, r"loss robust_dpo: epsilon = 0.5: should be at least 0.0 and less than 0.5"),

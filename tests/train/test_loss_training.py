@@ -1,6 +1,7 @@
 """Every loss on a real model: what the learner provides for it, and that it falls."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from prefloop.recipes.dpo import DpoConfig, dpo
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Answer, Pair, Prompt, Response
 from prefloop.run import Run
+from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
 from prefloop.train.logprobs import response_logps
@@ -91,20 +93,32 @@ def test_every_loss_falls_on_a_batch_that_is_trained_on(
     assert trainer.evaluate(items)["loss"] < values[0]
 
 
-@pytest.mark.parametrize("name", ["wpo", "aot", "kto"])
-def test_losses_do_not_depend_on_how_memory_cuts_the_batch(
+@pytest.mark.parametrize("name", ["wpo", "aot", "aot_unpaired", "aot+wpo", "kto"])
+def test_gradients_do_not_depend_on_how_memory_cuts_the_batch(
     name: str, learner: Learner, policy: ModelRef, pairs: list[Pair]
 ) -> None:
-    loss = parse_loss(name)
+    """At a policy that is far from its reference, on some answers more than on others: at the start all margins are
+    zero, and there is nothing to sort.
+    """
+    loss, draw = parse_loss(name), random.Random(0)
     answers = with_reference_logps(mismatched(answers_of(pairs), policy), policy, compute=COMPUTE)
     items, objective = (answers, AnswerObjective(loss)) if loss.unpaired else (pairs, PairObjective(loss))
-    found = []
+    away = [
+        item.model_copy(
+            update={
+                "reference_logps": tuple(logp + draw.uniform(-25, 5) for logp in item.reference_logps or ()),
+                "reference": "another",
+            }
+        )
+        for item in items
+    ]
+    losses, gradients = [], []
     for budget in (2048, 1):
         trainer = started(learner, objective, policy, budget)
-        trainer.step(items, 0)
-        row = trainer.step(items, 1)
-        found.append((row["loss"], row["grad_norm"]))
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        losses.append(trainer.step(away, 0)["loss"])
+        gradients.append(torch.cat([weight.grad.flatten() for _, weight in trainer.trained if weight.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-4
 
 
 def test_the_tail_is_that_of_the_tokens(learner: Learner, policy: ModelRef, pairs: list[Pair]) -> None:
@@ -206,6 +220,59 @@ def test_a_round_computes_what_its_loss_needs(
     assert of_training == expected[loss]
     assert (tmp_path / "run/report.html").is_file() and (tmp_path / "run/report.md").is_file()
     assert f"loss: {loss}" in (tmp_path / "run/config.yaml").read_text()
+    # The margin of the start model: zero against itself; without a reference that of its own log-probabilities.
+    held_out = [Pair.from_json(line) for line in (tmp_path / "run/start/held_out.jsonl").read_text().splitlines()]
+    margins = [
+        2.0
+        * (pair.reference_logps[0] / pair.chosen.length_tokens - pair.reference_logps[1] / pair.rejected.length_tokens)
+        for pair in held_out
+        if pair.reference_logps
+    ]
+    found = json.loads((tmp_path / "run/start/checkup.json").read_text())["margin"][0]
+    assert found == pytest.approx(sum(margins) / 6 if loss.startswith("simpo") else 0.0, abs=1e-9)
+    assert len(margins) == 6 and abs(sum(margins)) > 0.1
+
+
+def test_kto_without_held_out_pairs_holds_answers_out(policy: ModelRef, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {i % 10}?", "completion": f"{WORDS[i % 5]} {i}", "label": i < 10} for i in range(20)]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = Train(steps=1, batch_size=4, learning_rate=1e-3, warmup_steps=0, validation_pairs=0)
+    cfg = DpoConfig(policy=str(policy.path), pairs=str(tmp_path / "rated.jsonl"), loss="kto", train=train,
+                    look_at=LookAt(answers=1, shown=1), sampling=Sampling(max_new_tokens=4), compute=COMPUTE,
+                    engine="transformers")  # fmt: skip
+    with Run.open(tmp_path / "run", recipe="dpo", config=cfg) as run:
+        dpo(cfg, run)
+    written = (tmp_path / "run/round-1/training_answers.jsonl").read_text().splitlines()
+    trained_on = {Answer.from_json(line).prompt.messages[0].content for line in written}
+    [held_out] = (tmp_path / "run/start/held_out.jsonl").read_text().splitlines()
+    pair = Pair.from_json(held_out)
+    text = pair.prompt.messages[0].content
+    assert len(written) == 18 and len(trained_on) == 9 and text not in trained_on
+    number = int(text[9:-1])
+    assert (pair.chosen.text, pair.rejected.text) == (rows[number]["completion"], rows[number + 10]["completion"])
+    found = json.loads((tmp_path / "run/round-1/checkup.json").read_text())
+    assert (found["pairs"], found["answers"]) == (1, 1) and found["margin"][0] != 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "row", "message"),
+    [
+        ("robust_dpo", {"p": 0.7}, "'p1' has p = 0.7, and the loss takes no soft labels: robust_dpo: it corrects hard"),
+        ("aot", {"weight": 2.0}, "'p1' has weight = 2.0, and the loss takes no weights: aot: it sorts the batch"),
+        ("wdpo", {}, "'p0' has no scores, which the loss wdpo.* needs; give chosen_score and rejected_score"),
+        ("xpo", {}, "'p0' has no reference_sample"),
+    ],
+)
+def test_labels_that_a_loss_cannot_take_are_refused_before_anything_is_computed(
+    loss: str, row: dict[str, float], message: str, policy: ModelRef, pairs: list[Pair], tmp_path: Path
+) -> None:
+    spare = {"chosen_score": None, "rejected_score": None, "reference_sample": None}
+    given = [pair.model_copy(update=spare | (row if i else {})) for i, pair in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("".join(pair.to_json() + "\n" for pair in given))
+    cfg = DpoConfig(policy=str(policy.path), pairs=str(tmp_path / "pairs.jsonl"), loss=loss, compute=COMPUTE)
+    with pytest.raises(InputError, match=message), Run.open(tmp_path / "run", recipe="dpo", config=cfg) as run:
+        dpo(cfg, run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_kto_takes_answers_that_were_never_pairs(policy: ModelRef, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.feedback.annotators import save_tiny_reward_model
 from tests.tiny import Template, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, CodeGenConfig
 
@@ -143,6 +144,10 @@ def test_a_model_without_a_classifier_is_known_from_its_configuration(start: Mod
     CodeGenConfig(n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"no reward or value model can be made of m \(codegen\); expected a causal"):
         check_has_classifier(ModelRef(name="m", path=tmp_path, fingerprint="", weights=""))
+    save_tiny_reward_model(tmp_path / "one"), save_tiny_reward_model(tmp_path / "three", labels=3)
+    check_has_classifier(ModelRef.of(tmp_path / "one"))
+    with pytest.raises(InputError, match=r"three: it is a classifier with 3 labels; expected a causal"):
+        check_has_classifier(ModelRef.of(tmp_path / "three"))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -174,4 +179,7 @@ def test_two_adapters_hold_their_base_once(start: ModelRef) -> None:
     assert saved == sum(
         w.numel() * 4 for n, w in shared.model.base_model.model.model.named_parameters() if not w.requires_grad
     )
+    twins = dict(one.model.named_parameters())
+    where = [w.data_ptr() == twins[n].data_ptr() for n, w in shared.model.named_parameters() if not w.requires_grad]
+    assert where and all(where)
     assert [shared.step(PAIRS, step)["loss"] for step in range(3)] == before

@@ -11,7 +11,7 @@ by itself: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,8 @@ from prefloop.records import Group, Prompt
 
 CONDITION = "condition.json"
 """The file in a model's folder that says how it is conditioned."""
+REWARD_SCALE = "reward_scale.json"
+"""The file that says what the rewards it was trained on were standardised with."""
 PLACEHOLDERS = ("{input}", "{reward}")
 
 
@@ -104,14 +106,24 @@ class Condition(Config):
     def chat_template(self, own: str) -> str:
         """A model's `own` Jinja chat template behind lines that condition the last user message on the target.
 
-        Messages rendered by it are those of `of`, to the character.
+        Messages rendered by it are those of `of`, to the character. A message in parts (of text, images) gets what
+        stands before and after its {input} as parts of text.
         """
-        text, value = (
-            "message['content']",
-            "('%.Nf' | format((reward | float | round(N)) + 0))".replace("N", str(self.decimals)),
+        value = "('%.Nf' | format((reward | float | round(N)) + 0))".replace("N", str(self.decimals))
+
+        def written(parts: Sequence[str]) -> str:
+            literals = (value if part == "{reward}" else json.dumps(part, ensure_ascii=False) for part in parts)
+            return " ~ ".join(['""', *literals])
+
+        place = self._parts.index("{input}")
+        before, after = (written(parts) for parts in (self._parts[:place], self._parts[place + 1 :]))
+        text = f"{before} ~ message['content'] ~ {after}"
+        parts = (
+            "[{'type': 'text', 'text': BEFORE}] * (BEFORE | length > 0) + message['content'] | list"
+            " + [{'type': 'text', 'text': AFTER}] * (AFTER | length > 0)"
         )
-        names = {"{input}": text, "{reward}": value}
-        content = " ~ ".join(names.get(part) or json.dumps(part, ensure_ascii=False) for part in self._parts)
+        parts = parts.replace("BEFORE", f"({before})").replace("AFTER", f"({after})")
+        content = f"({text}) if message['content'] is string else ({parts})"
         last = "{'role': message['role'], 'content': " + content + "}"
         lines = [
             f"{{%- set reward = reward if reward is defined and reward is not none else {self.target} -%}}",
@@ -137,6 +149,17 @@ class Condition(Config):
         return [part for part in re.split(r"(\{input\}|\{reward\})", self.template) if part]
 
 
-def asking_for(reward: float, template: str) -> str:
-    """A conditional chat template that asks for another reward than its target."""
-    return f"{{%- set reward = {float(reward)!r} -%}}\n{template}"
+ChatTemplate = str | dict[str, str]
+"""A tokenizer's chat template, or several by name (`default`, `tool_use`)."""
+
+
+def each_template(template: ChatTemplate, change: Callable[[str], str]) -> ChatTemplate:
+    """The template changed, or every one of several."""
+    if isinstance(template, str):
+        return change(template)
+    return {name: change(one) for name, one in template.items()}
+
+
+def asking_for(reward: float, template: ChatTemplate) -> ChatTemplate:
+    """Conditional chat templates that ask for another reward than their target."""
+    return each_template(template, lambda one: f"{{%- set reward = {float(reward)!r} -%}}\n{one}")

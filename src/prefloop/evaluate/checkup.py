@@ -14,7 +14,8 @@ from prefloop.train.config import Compute
 class Checkup(Record):
     """What is known of one model. Log-probabilities in nats; "change" is this model minus the start model.
 
-    accuracy, margin: implicit reward beta (log pi - log pi_start) on held-out pairs; [value, low, high] at 95 %.
+    accuracy, margin: of the implicit reward on held-out pairs, as the loss has it: beta (log pi - log pi_start), beta
+    log pi for a loss without a reference, means over tokens for one of these; [value, low, high] at 95 %.
     chosen_change, rejected_change: mean change of the summed log-probability of held-out responses.
     chosen_nll_per_token: of the held-out chosen responses under this model.
     length_chars, length_tokens, finished: of own answers to held-out prompts.
@@ -44,10 +45,15 @@ def checkup(
     answers: Sequence[Group],
     *,
     beta: float,
+    per_token: bool = False,
+    referenced: bool = True,
     compute: Compute,
     stage: Stage | None = None,
 ) -> Checkup:
-    """Look at `model` on held-out pairs, whose `reference_logps` are the start model's, and on its own answers."""
+    """Look at `model` on held-out pairs, whose `reference_logps` are the start model's, and on its own answers.
+
+    `beta`, `per_token`, `referenced`: what the margin is made of (`margins_of`).
+    """
     from prefloop.train.reference import logps_under
 
     stage = stage or Stage.detached()
@@ -64,11 +70,11 @@ def checkup(
     figures: dict[str, object] = {"model": model.name, "pairs": len(held_out), "answers": len(answers)}
     if held_out:
         change = np.array(now) - np.array(before)
-        margins = beta * (change[:, 0] - change[:, 1])
+        margins = margins_of(held_out, now, before, beta=beta, per_token=per_token, referenced=referenced)
         tokens = sum(pair.chosen.length_tokens for pair in held_out)
         figures |= {
-            "accuracy": accuracy(margins.tolist()),
-            "margin": mean_interval(margins.tolist()),
+            "accuracy": accuracy(margins),
+            "margin": mean_interval(margins),
             "chosen_change": float(change[:, 0].mean()),
             "rejected_change": float(change[:, 1].mean()),
             "chosen_nll_per_token": -sum(row[0] for row in now) / tokens,
@@ -88,3 +94,32 @@ def checkup(
     if rewards:
         figures["reward"] = mean_interval(rewards)
     return Checkup.model_validate(figures)
+
+
+def margins_of(
+    pairs: Sequence[Pair],
+    now: Sequence[Sequence[float]],
+    before: Sequence[Sequence[float]],
+    *,
+    beta: float,
+    per_token: bool,
+    referenced: bool,
+) -> list[float]:
+    """The margin of every pair in the units in which training logs it (`pair_metrics`).
+
+    `now` and `before`: summed log-probabilities of (chosen, rejected) under the model and the start model.
+    """
+    import torch
+
+    from prefloop.train.losses import PairLogps, pair_metrics
+
+    own, start = (torch.tensor(rows, dtype=torch.float64) for rows in (now, before))
+    logps = PairLogps(
+        own[:, 0],
+        own[:, 1],
+        start[:, 0] if referenced else None,
+        start[:, 1] if referenced else None,
+        torch.tensor([pair.chosen.length_tokens for pair in pairs]),
+        torch.tensor([pair.rejected.length_tokens for pair in pairs]),
+    )
+    return pair_metrics(logps, beta=beta, per_token=per_token)["margin"].tolist()

@@ -131,7 +131,7 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
     theirs = other_side(options.against, ours) if options.against else None
     reference = reference_of(options, ours, theirs)
     questions = questions_of(options, ours, theirs, run)
-    meter = load_meter(options.feedback)
+    meter = load_meter(options.feedback, run=run)
     judge = (
         load_annotator(options.annotator, options.feedback, compute=options.compute, meter=meter) if theirs else None
     )
@@ -163,8 +163,6 @@ def evaluate(options: EvalOptions, run: Run) -> Report:
         if theirs and judge:
             others, _ = answers_of(run, "theirs", theirs, questions, options)
             judgements = run.stage("judgements", judgements_of, own, others, judge)
-            if meter.tallies:
-                run.event("feedback", **meter.summary())
             if options.feedback.labels == "hard":
                 judgements = [one if one.p is None else one.model_copy(update={"p": hard(one.p)}) for one in judgements]
             compared = comparisons(own, others)

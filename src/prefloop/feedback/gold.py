@@ -22,7 +22,7 @@ from prefloop.evaluate.reward_accuracy import accuracy, wilson_interval
 from prefloop.feedback.annotator import Annotator, Comparison, Judgement
 from prefloop.feedback.answers import LabelMass
 from prefloop.feedback.estimate import Estimate, estimate
-from prefloop.feedback.meter import Meter, _described
+from prefloop.feedback.meter import Meter, Tally, described
 from prefloop.feedback.stage import ask
 from prefloop.records import Pair, Record
 from prefloop.run import Stage
@@ -89,7 +89,7 @@ class JudgeReport(Record):
         if self.label_mass is not None:
             low = f"below one half on {100 * (self.low_mass or 0):.1f} % of questions"
             rows.append(("probability on the labels", f"mean {self.label_mass:.3g}, {low}"))
-        rows += [("used", _described(name, tally)) for name, tally in self.usage.items()]
+        rows += [("used", described({name: Tally.from_json(tally)})) for name, tally in self.usage.items()]
         return [*rows, ("seconds", f"{self.seconds:.1f}")]
 
 

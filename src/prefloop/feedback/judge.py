@@ -89,7 +89,10 @@ class LocalJudge:
 
             return in_both_orders(first_slots, different)
 
-        judgements = ask_different(ask, comparisons, advance)
+        try:
+            judgements = ask_different(ask, comparisons, advance)
+        finally:
+            self.meter.keep()
         if self.mass.is_tiny and not self._warned:
             self._warned = True
             self.stage.note(self.mass.warning(self.name))

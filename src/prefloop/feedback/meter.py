@@ -1,20 +1,29 @@
 """Calls, tokens and money of annotators, and the budget that stops them.
 
 Money is counted by a table of prices that the user gives; where a model has no price it is unknown, never zero. A run
-that a budget has stopped goes on when the same command is given again with a larger one: what was used before counts
-(`to_json` and `resume`), and what the cache answers is free.
+that a budget has stopped goes on when the same command is given again with a larger one: what was used before counts,
+because a run's meters keep their counts in its folder (`usage_of` reads them), and what the cache answers is free.
 """
 
+import json
 import threading
+import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from prefloop.atomic import write_atomically
 from prefloop.config import Config, parse_config, read_yaml
 from prefloop.errors import BudgetReached, InputError, did_you_mean
+
+USAGE = "usage"
+"""In a run folder: what its annotators have used, a file a meter."""
+KEEP_EVERY = 1.0
+"""Seconds between two writings while questions are answered: no more than that is lost when a process is killed."""
 
 
 class Price(Config):
@@ -73,8 +82,18 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for an event log or a report."""
+        """Plain data, for a file or a report."""
         return {**vars(self), "faults": dict(sorted(self.faults.items()))}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Tally":
+        return cls(**{**data, "faults": Counter(data["faults"])})
+
+    def __add__(self, other: "Tally") -> "Tally":
+        money = None if self.money is None or other.money is None else self.money + other.money
+        names = ("calls", "cache_hits", "tokens_in", "tokens_out", "calls_without_usage")
+        counts = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Tally(**counts, money=money, faults=self.faults + other.faults)
 
 
 class Meter:
@@ -86,17 +105,33 @@ class Meter:
 
     What is reserved counts against the budget like what is spent, so calls that are under way at the same time cannot
     go beyond it together.
+
+    With a `file`, what is in it from earlier counts too, and all that is counted goes into it: about once a second, and
+    with `keep`, which an annotator calls when its questions are answered or have failed.
     """
 
     def __init__(
-        self, prices: Prices | None = None, *, budget_calls: int | None = None, budget_money: float | None = None
+        self,
+        prices: Prices | None = None,
+        *,
+        budget_calls: int | None = None,
+        budget_money: float | None = None,
+        file: Path | None = None,
     ) -> None:
         self.prices = prices or Prices()
         self.budget_calls, self.budget_money = budget_calls, budget_money
         self.tallies: dict[str, Tally] = {}
         self._lock = threading.Lock()
-        self._calls = 0
+        self._calls = 0  # with those that are reserved, as the money
         self._money = 0.0
+        self._spent = 0.0
+        self._file = file
+        self._kept_at = time.monotonic()
+        self._new = False
+        if file and file.is_file():
+            self._spent, self.tallies = _counted_in(file)
+            self._money = self._spent
+            self._calls = sum(tally.calls for tally in self.tallies.values())
 
     def reserve(self, model: str | None, n_calls: int = 1, *, tokens_in: int = 0, tokens_out: int = 0) -> Reservation:
         """Hold the budget of calls that are about to be made; `tokens_in` and `tokens_out` are estimates for all.
@@ -151,46 +186,54 @@ class Meter:
                 self._give_back(held)
             self._calls += calls
             self._money += cost or 0.0
+            self._spent += cost or 0.0
             tally = self._tally(annotator)
             tally.calls += calls
             tally.tokens_in += tokens_in or 0
             tally.tokens_out += tokens_out or 0
             tally.money = None if cost is None or tally.money is None else tally.money + cost
             tally.calls_without_usage += 0 if known else calls
+            self._changed()
 
     def add_hits(self, annotator: str, n: int) -> None:
         """Questions that the cache answered, at no cost."""
         with self._lock:
             self._tally(annotator).cache_hits += n
+            self._changed()
 
     def add_fault(self, annotator: str, kind: str) -> None:
         """A call that was not answered, or not usefully: `kind` is such as `status 429`, `timeout`, `malformed`."""
         with self._lock:
             self._tally(annotator).faults[kind] += 1
+            self._changed()
+
+    def keep(self) -> None:
+        """Write what is new into the file. Raises InputError where that is impossible."""
+        with self._lock:
+            if self._new:
+                self._write()
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """What every annotator has used, as plain data."""
         with self._lock:
             return {name: tally.to_json() for name, tally in self.tallies.items()}
 
-    def to_json(self) -> dict[str, Any]:
-        """All that was counted, as plain data, for `resume`; while no call is under way."""
-        with self._lock:
-            tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
-            return {"calls": self._calls, "money": self._money, "tallies": tallies}
-
-    def resume(self, counted: dict[str, Any]) -> None:
-        """Go on from what an earlier process of the same run has counted."""
-        with self._lock:
-            self._calls, self._money = counted["calls"], counted["money"]
-            self.tallies = {
-                name: Tally(**{**tally, "faults": Counter(tally["faults"])})
-                for name, tally in counted["tallies"].items()
-            }
-
     def describe(self) -> str:
         """One line: `small-judge: 40 calls, 12 answers from the cache, 9000 + 40 tokens, money 0.0014`."""
-        return "; ".join(_described(name, tally) for name, tally in self.summary().items()) or "nothing was asked"
+        with self._lock:
+            return described(self.tallies)
+
+    def _changed(self) -> None:
+        self._new = True
+        if time.monotonic() - self._kept_at >= KEEP_EVERY:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file:
+            tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
+            # Known money apart: a tally of which a part is unknown has none.
+            write_atomically(self._file, json.dumps({"money": self._spent, "tallies": tallies}) + "\n")
+        self._kept_at, self._new = time.monotonic(), False
 
     def _give_back(self, held: Reservation) -> None:
         self._calls -= held.calls
@@ -200,14 +243,40 @@ class Meter:
         return self.tallies.setdefault(annotator, Tally())
 
 
-def _described(name: str, tally: dict[str, Any]) -> str:
-    money = "money unknown (no price)" if tally["money"] is None else f"money {tally['money']:.4g}"
+def usage_of(run: Path) -> dict[str, Tally]:
+    """What annotators have used in a run, by annotator, in all processes that worked on it. Raises InputError for a
+    damaged file.
+    """
+    used: dict[str, Tally] = {}
+    for file in sorted((run / USAGE).glob("*.json")):
+        for name, tally in _counted_in(file)[1].items():
+            used[name] = used[name] + tally if name in used else tally
+    return used
+
+
+def _counted_in(file: Path) -> tuple[float, dict[str, Tally]]:
+    """Known money, and tallies by annotator."""
+    try:
+        counted = json.loads(file.read_text(encoding="utf-8"))
+        return float(counted["money"]), {name: Tally.from_json(data) for name, data in counted["tallies"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{file} is damaged (not the counts that prefloop writes); delete it to count from zero"
+        ) from None
+
+
+def described(tallies: Mapping[str, Tally]) -> str:
+    """One line of what annotators have used, by annotator."""
+    return "; ".join(f"{name}: {_described(tally)}" for name, tally in tallies.items()) or "nothing was asked"
+
+
+def _described(tally: Tally) -> str:
     parts = [
-        f"{tally['calls']} calls",
-        f"{tally['cache_hits']} answers from the cache",
-        f"{tally['tokens_in']} + {tally['tokens_out']} tokens",
-        money,
-        *(f"{n} calls whose tokens are unknown" for n in [tally["calls_without_usage"]] if n),
-        *(f"{n} {kind}" for kind, n in tally["faults"].items()),
+        f"{tally.calls} calls",
+        f"{tally.cache_hits} answers from the cache",
+        f"{tally.tokens_in} + {tally.tokens_out} tokens",
+        "money unknown (no price)" if tally.money is None else f"money {tally.money:.4g}",
+        *(f"{n} calls whose tokens are unknown" for n in [tally.calls_without_usage] if n),
+        *(f"{n} {kind}" for kind, n in sorted(tally.faults.items())),
     ]
-    return f"{name}: {', '.join(parts)}"
+    return ", ".join(parts)

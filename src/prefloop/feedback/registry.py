@@ -18,10 +18,10 @@ from functools import cached_property
 from prefloop.errors import InputError, did_you_mean
 from prefloop.feedback.annotator import Annotator
 from prefloop.feedback.cache import JudgementCache
-from prefloop.feedback.meter import Meter, Prices
+from prefloop.feedback.meter import USAGE, Meter, Prices
 from prefloop.feedback.options import Feedback
 from prefloop.models import resolve
-from prefloop.run import Stage
+from prefloop.run import Run, Stage
 from prefloop.train.config import Compute
 
 
@@ -63,15 +63,20 @@ def load_annotator(
     return Votes(members, weights=feedback.weights, quorum=feedback.quorum)
 
 
-def load_meter(feedback: Feedback) -> Meter:
-    """A meter with the prices and the budget of the options. Raises InputError for a budget of money without prices."""
+def load_meter(feedback: Feedback, *, run: Run | None = None, role: str = "feedback") -> Meter:
+    """A meter with the prices and the budget of the options.
+
+    In a `run`, what its earlier processes have used counts, and what is used is kept in RUN/usage/ROLE.json, which the
+    report shows; every budget of a run has a role of its own. Raises InputError for a budget of money without prices.
+    """
     if feedback.budget_money is not None and not feedback.prices:
         raise InputError(
             f"budget_money = {feedback.budget_money:g}: there are no prices to count it by; give a file of prices, "
             "or set budget_calls"
         )
     prices = Prices.read(feedback.prices) if feedback.prices else None
-    return Meter(prices, budget_calls=feedback.budget_calls, budget_money=feedback.budget_money)
+    file = run.path / USAGE / f"{role}.json" if run else None
+    return Meter(prices, budget_calls=feedback.budget_calls, budget_money=feedback.budget_money, file=file)
 
 
 def split_names(text: str) -> list[str]:

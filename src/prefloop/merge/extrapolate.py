@@ -8,9 +8,11 @@ tokenizer stay theta_1's. In memory is one tensor at a time.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,36 @@ BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 """Files of theta_1 that go with the weights. Its training log and its card are not those of the new model."""
 
 
+class OutOfRange(InputError):
+    """A weight at this alpha is no number of its dtype."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the files of an architecture mean: names as transformers loads them, what is tied, what is no weight.
+
+    parameters: names; tied: name -> the name it is tied to; buffers: names; prefix: of the base model (`transformer`,
+    `model`), which files may leave out; ignored: patterns of what old files hold and nobody loads.
+    """
+
+    parameters: frozenset[str]
+    tied: dict[str, str]
+    buffers: frozenset[str]
+    prefix: str
+    ignored: tuple[str, ...]
+
+    def loaded_as(self, stored: str) -> str | None:
+        """The name under which a stored tensor is loaded; None for one that is no weight. A name that the architecture
+        does not have stays as it is.
+        """
+        names = (stored, f"{self.prefix}.{stored}", stored.removeprefix(f"{self.prefix}."))
+        for name in names:
+            if name in self.parameters:
+                return name
+        dropped = any(name in self.buffers for name in names) or any(re.search(p, stored) for p in self.ignored)
+        return None if dropped else stored
+
+
 class Weights:
     """The weights of a model folder by name, read one at a time; what is no weight (a buffer) is not among them.
 
@@ -36,9 +68,9 @@ class Weights:
     that differ, they are two, as transformers takes them, whatever the configuration says.
     """
 
-    def __init__(self, ref: ModelRef, buffers: set[str], tied: dict[str, str], stack: ExitStack) -> None:
-        self.ref, self.tied = ref, dict(tied)
-        twice: dict[str, Any] = {}
+    def __init__(self, ref: ModelRef, structure: Structure, stack: ExitStack) -> None:
+        self.ref, self.structure, self.tied = ref, structure, dict(structure.tied)
+        twice: dict[str, tuple[Any, str]] = {}
         self._places: dict[str, tuple[Any, str]] = {}
         for file in weight_files(ref):
             try:
@@ -46,18 +78,25 @@ class Weights:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} cannot be read ({error}); it may be truncated: get it again") from None
             for stored in map(str, handle.keys()):
-                name: str = tied.get(stored, stored)
-                if stored in buffers or not handle.get_slice(stored).get_dtype().startswith(("F", "BF")):
+                own = structure.loaded_as(stored)
+                if own is None or not handle.get_slice(stored).get_dtype().startswith(("F", "BF")):
                     continue
-                if name == stored or name not in self._places:
+                name = self.tied.get(own, own)
+                if name == own or name not in self._places:
                     self._places[name] = handle, stored
-                if name != stored:
-                    twice[stored] = handle
-        for stored, handle in twice.items():
-            source, its_name = self._places[tied[stored]]
+                if name != own:
+                    twice[own] = handle, stored
+        for own, (handle, stored) in twice.items():
+            source, its_name = self._places[self.tied[own]]
             if its_name != stored and not torch.equal(source.get_tensor(its_name), handle.get_tensor(stored)):
-                del self.tied[stored]
-                self._places[stored] = handle, stored
+                del self.tied[own]
+                self._places[own] = handle, stored
+
+    def name_of(self, stored: str) -> str | None:
+        """The name of the weight that a stored tensor is; None where it is none."""
+        own = self.structure.loaded_as(stored)
+        name = None if own is None else self.tied.get(own, own)
+        return name if name in self._places else None
 
     @property
     def names(self) -> list[str]:
@@ -71,11 +110,11 @@ class Weights:
         return self._places[name if name in self._places else self.tied[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle, stored = self._places[name if name in self._places else self.tied[name]]
+        handle, stored = self._place(name)
         return tuple(handle.get_slice(stored).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        handle, stored = self._places[name if name in self._places else self.tied[name]]
+        handle, stored = self._place(name)
         return handle.get_tensor(stored)
 
 
@@ -103,13 +142,13 @@ def opened(base: ModelRef, aligned: ModelRef) -> Iterator[tuple[Weights, Weights
             raise InputError(
                 f"{ref.name} has quantised weights, which have no line to go on along; give it unquantised"
             )
-    buffers, tied = structure(aligned)
+    structure = structure_of(aligned)
     with ExitStack() as stack:
-        yield Weights(base, buffers, tied, stack), Weights(aligned, buffers, tied, stack)
+        yield Weights(base, structure, stack), Weights(aligned, structure, stack)
 
 
-def structure(ref: ModelRef) -> tuple[set[str], dict[str, str]]:
-    """The names of a model's buffers, and of its tied weights with the weight that each is tied to."""
+def structure_of(ref: ModelRef) -> Structure:
+    """The structure of a model's architecture."""
     model = skeleton(ref)
     sources: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -117,7 +156,17 @@ def structure(ref: ModelRef) -> tuple[set[str], dict[str, str]]:
         source = sources.setdefault(id(weight), name)
         if source != name:
             tied[name] = source
-    return {name for name, _ in model.named_buffers()}, tied
+    return Structure(
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        tied=tied,
+        buffers=frozenset(name for name, _ in model.named_buffers()),
+        prefix=model.base_model_prefix,
+        ignored=(*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *OLD_BUFFERS),
+    )
+
+
+OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.masked_bias$")
+"""What old files of any architecture may hold and transformers leaves out."""
 
 
 def check_ancestor(base: ModelRef, aligned: ModelRef) -> None:
@@ -234,7 +283,7 @@ def stepped(theta_0: Tensor, theta_1: Tensor, alpha: float) -> Tensor:
 def extrapolate(base: ModelRef, aligned: ModelRef, alpha: float, folder: Path) -> None:
     """Write theta(alpha) as an ordinary transformers folder: alpha = 0 is `aligned`, alpha = -1 `base` to rounding.
 
-    The two have passed `check_ancestor`. Raises InputError when a weight leaves the range of its dtype.
+    The two have passed `check_ancestor`. Raises OutOfRange when a weight leaves the range of its dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted({file for pattern in BESIDE for file in aligned.path.glob(pattern)}):
@@ -244,12 +293,12 @@ def extrapolate(base: ModelRef, aligned: ModelRef, alpha: float, folder: Path) -
             shutil.copyfile(file, folder / file.name)
             with (folder / file.name).open("r+b") as out:
                 for stored, place in places(file).items():
-                    name = theta_1.tied.get(stored, stored)
-                    if name not in theta_1:
+                    name = theta_1.name_of(stored)
+                    if name is None:
                         continue
                     value = stepped(theta_0[name], theta_1[name], alpha)
                     if not torch.isfinite(value).all():
-                        raise InputError(f"alpha = {alpha:g} takes {name} out of the range of {value.dtype}; lower it")
+                        raise OutOfRange(f"alpha = {alpha:g} takes {name} out of the range of {value.dtype}; lower it")
                     out.seek(place)
                     out.write(value.reshape(-1).view(torch.uint8).numpy().data)
 

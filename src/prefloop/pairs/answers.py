@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from prefloop.data.chat import ChatFormat
 from prefloop.errors import InputError
 from prefloop.models import ModelRef, context_of, load_tokenizer
-from prefloop.records import Answer, Pair
+from prefloop.records import Answer, Pair, Response
 
 
 def answers_of(items: Sequence[Pair] | Sequence[Answer]) -> list[Answer]:
@@ -18,6 +18,21 @@ def answers_of(items: Sequence[Pair] | Sequence[Answer]) -> list[Answer]:
         for response, p in zip(item.responses, (item.p, 1.0 - item.p), strict=True):
             answers.append(Answer(prompt=item.prompt, response=response, p=p, weight=item.weight))
     return answers
+
+
+def good_and_bad(answers: Sequence[Answer]) -> list[Pair]:
+    """A pair for every prompt that has both: its first good answer and its first bad one."""
+    found: dict[str, list[Response | None]] = {}
+    prompts = {answer.prompt.id: answer.prompt for answer in reversed(answers)}
+    for answer in answers:
+        both = found.setdefault(answer.prompt.id, [None, None])
+        side = 0 if answer.p > 0.5 else 1
+        both[side] = both[side] or answer.response
+    return [
+        Pair(prompt=prompts[id], chosen=good, rejected=bad, source="offline")
+        for id, (good, bad) in found.items()
+        if good and bad and not good.same_as(bad)
+    ]
 
 
 def mismatched(answers: Sequence[Answer], model: ModelRef) -> list[Answer]:

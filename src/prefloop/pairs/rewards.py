@@ -36,9 +36,6 @@ class RewardScale(Record):
         return (reward - self.mean) / self.std if self.std > 0 else 0.0
 
 
-REWARD_SCALE = "reward_scale.json"
-
-
 def reward_scale(groups: Sequence[Group], *, reward: str, stage: Stage | None = None) -> RewardScale:
     """The mean and the standard deviation of all scores. Raises InputError when there is none."""
     stage = stage or Stage.detached()

@@ -83,7 +83,7 @@ def ca(cfg: CaConfig, run: "Run") -> ModelRef:
         )
     if cfg.targets and not cfg.look_at.answers:
         raise InputError("--targets with --look-at.answers 0: nobody is asked; give a number of answers")
-    answers, held_out = load_answers(cfg, run, policy)
+    answers, held_out = load_answers(cfg, run, policy, condition=cfg.condition)
     look = partial(look_at, run, policy, [], cfg, prompts=held_out, evaluator=judges.evaluator)
 
     before = look("start", policy)

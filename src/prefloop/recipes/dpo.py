@@ -30,11 +30,11 @@ from prefloop.recipes.steps import (
     offline_and_held_out,
     two_models,
 )
-from prefloop.records import Answer, Pair
+from prefloop.records import Answer, Pair, Prompt
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed
-from prefloop.train.config import Compute, LossName, Train, beta_of, check_loss
+from prefloop.train.config import Compute, LossName, Train, check_loss
 
 if TYPE_CHECKING:
     from prefloop.run import Round, Run
@@ -92,14 +92,21 @@ def demo() -> DpoConfig:
 def dpo(cfg: DpoConfig, run: "Run") -> ModelRef:
     """Train `cfg.policy` on `cfg.pairs`; returns the final model, RUN/model."""
     from prefloop.train.losses import parse_loss
+    from prefloop.train.objective import check_labels
 
     if cfg.reference:
         policy, reference = two_models(cfg.policy, cfg.reference)
     else:
         policy = reference = resolve(cfg.policy)
-    of_answers = parse_loss(cfg.loss).unpaired and has_answers(cfg.pairs)
-    pairs, held_out = (answers_and_held_out if of_answers else offline_and_held_out)(cfg, run, reference)
-    look = partial(look_at, run, reference, held_out, cfg, beta=beta_of(cfg.loss, cfg.beta))
+    loss = parse_loss(cfg.loss, beta=cfg.beta)
+    prompts: list[Prompt] = []
+    if loss.unpaired and has_answers(cfg.pairs):
+        pairs, held_out, prompts = answers_and_held_out(cfg, run, reference)
+    else:
+        check = None if loss.unpaired else partial(check_labels, loss=loss)
+        pairs, held_out = offline_and_held_out(cfg, run, reference, check=check)
+    look = partial(look_at, run, reference, held_out, cfg, beta=loss.beta or 1.0, per_token=loss.per_token,
+                   referenced=loss.referenced, prompts=prompts)  # fmt: skip
 
     look("start", reference)
     if cfg.reference:

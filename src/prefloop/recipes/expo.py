@@ -16,8 +16,7 @@ preference over theta_1 where no scorer is given; --pairs makes theta_1 by a DPO
 again on held-out prompts, because a figure that was chosen by flatters.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -53,7 +52,6 @@ from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
     from prefloop.feedback.annotator import Annotator, Judgement
-    from prefloop.feedback.meter import Meter
     from prefloop.feedback.scorer import Scores
     from prefloop.run import Run, Stage
 
@@ -160,19 +158,18 @@ def expo(cfg: ExpoConfig, run: "Run") -> ModelRef:
     run.stage("distance", distance, base, aligned)
 
     look = partial(look_at, run, aligned, [], cfg, beta=cfg.beta, prompts=held_out)
-    with judge.counted(run):
-        own = look("aligned", aligned) if held_out else []
-        tried = search(cfg, run, base, aligned, prompts, judge) if cfg.alpha == "auto" else []
-        alpha = run.stage("choice", choose, tried, cfg.alpha)["alpha"]
-        folder = run.stage("expo/model", extrapolated, base, aligned, alpha)
-        model = ModelRef.of(folder.path, name=f"expo, alpha = {alpha:g}")
-        if is_adapter(cfg.aligned):
-            scale_adapter_too(run, Path(cfg.aligned), alpha)
-        if held_out:
-            answers = look("expo", model)
-            if own and judge.named:
-                before = weigh(run, "aligned", 0.0, own, own, None, aligned, judge, cfg)
-                weigh(run, "expo", alpha, answers, own, before, aligned, judge, cfg)
+    own = look("aligned", aligned) if held_out else []
+    tried = search(cfg, run, base, aligned, prompts, judge) if cfg.alpha == "auto" else []
+    alpha = run.stage("choice", choose, tried, cfg.alpha)["alpha"]
+    folder = run.stage("expo/model", extrapolated, base, aligned, alpha)
+    model = ModelRef.of(folder.path, name=f"expo, alpha = {alpha:g}")
+    if is_adapter(cfg.aligned):
+        scale_adapter_too(run, Path(cfg.aligned), alpha)
+    if held_out:
+        answers = look("expo", model)
+        if own and judge.named:
+            before = weigh(run, "aligned", 0.0, own, own, None, aligned, judge, cfg)
+            weigh(run, "expo", alpha, answers, own, before, aligned, judge, cfg)
     return conclude(run, model)
 
 
@@ -221,20 +218,10 @@ class Judge:
 
     annotator: "Annotator | None"
     scorer: "Scores | None"
-    meter: "Meter"
 
     @property
     def named(self) -> bool:
         return self.annotator is not None or self.scorer is not None
-
-    @contextmanager
-    def counted(self, run: "Run") -> Iterator[None]:
-        """However it ends, what was used is in the event log."""
-        try:
-            yield
-        finally:
-            if self.meter.tallies:
-                run.event("feedback", **self.meter.summary())
 
 
 def load_judge(cfg: ExpoConfig, run: "Run") -> Judge:
@@ -245,14 +232,12 @@ def load_judge(cfg: ExpoConfig, run: "Run") -> Judge:
 
     if cfg.alpha == "auto" and not (cfg.annotator or cfg.scorer):
         raise InputError("--alpha auto needs --annotator, such as rule:helpful or judge:MODEL, or a --scorer")
-    meter = load_meter(cfg.feedback)
-    stage = Stage(name="search", run=run)
-    annotator = (
-        load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
-        if cfg.annotator
-        else None
-    )
-    return Judge(annotator, load_function(cfg.scorer, others="") if cfg.scorer else None, meter)
+    if cfg.scorer:
+        return Judge(None, load_function(cfg.scorer, others=""))
+    if not cfg.annotator:
+        return Judge(None, None)
+    meter, stage = load_meter(cfg.feedback, run=run), Stage(name="search", run=run)
+    return Judge(load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage), None)
 
 
 def search(
@@ -265,11 +250,12 @@ def search(
     found: list[Candidate] = []
     while alphas := next_alphas(found, grid=cfg.search.grid, largest=cfg.search.largest):
         for alpha in alphas:
-            label = f"search/alpha-{alpha:.12g}"
+            label = f"search/alpha-{alpha:.12g}".replace("+", "")  # 1e+30 is no name of a stage
             answers = run.stage(f"{label}/answers", answers_at, base, aligned, alpha, prompts, cfg)
-            own = own or answers
+            heard = not isinstance(answers, Candidate)
+            own = own or (answers if heard else [])
             found.append(weigh(run, label, alpha, answers, own, found[0] if found else None, aligned, judge, cfg))
-            if cfg.search.keep_models:
+            if cfg.search.keep_models and heard:
                 run.stage(f"{label}/model", extrapolated, base, aligned, alpha)
     return found
 
@@ -309,20 +295,28 @@ def choose(tried: Sequence[Candidate], alpha: float | str, *, stage: "Stage") ->
 
 def answers_at(
     base: ModelRef, aligned: ModelRef, alpha: float, prompts: Sequence[Prompt], cfg: ExpoConfig, *, stage: "Stage"
-) -> list[Group]:
+) -> list[Group] | Candidate:
     """Stage: the answers of theta(alpha), whose weights are on the disk only meanwhile.
 
-    None where the sampler's own check fails, as it may where weights have left what a model is: alpha is passed over.
+    A candidate that is refused unheard where a weight leaves the range of its dtype, or where the sampler's own check
+    fails, as it may where weights have left what a model is.
     """
     from prefloop.atomic import write_folder_atomically
-    from prefloop.merge.extrapolate import extrapolate
+    from prefloop.merge.extrapolate import OutOfRange, extrapolate
+
+    def refused(why: str) -> Candidate:
+        stage.note(f"alpha = {alpha:g} is passed over: {why}")
+        return Candidate(alpha=alpha, answers=0, refused=why)
 
     model = aligned
     if alpha:
         assert stage.scratch is not None
         folder = stage.scratch / "model"
-        if not folder.is_dir():
-            write_folder_atomically(folder, lambda path: extrapolate(base, aligned, alpha, path))
+        try:
+            if not folder.is_dir():
+                write_folder_atomically(folder, lambda path: extrapolate(base, aligned, alpha, path))
+        except OutOfRange as error:
+            return refused(str(error))
         model = ModelRef.of(folder, name=f"alpha = {alpha:g}")
     try:
         return sample(model, prompts, k=1, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "answers"),
@@ -330,15 +324,14 @@ def answers_at(
     except CheckFailed as error:
         if alpha <= 0:
             raise
-        stage.note(f"alpha = {alpha:g} is passed over: {error}")
-        return []
+        return refused(f"its answers were not sampled from it (a check of the sampler: {error})")
 
 
 def weigh(
     run: "Run",
     label: str,
     alpha: float,
-    answers: Sequence[Group],
+    answers: Sequence[Group] | Candidate,
     own: Sequence[Group],
     beside: Candidate | None,
     aligned: ModelRef,
@@ -352,13 +345,19 @@ def weigh(
     from prefloop.feedback.scorer import score_with
     from prefloop.feedback.stage import ask
 
-    verdicts = []
-    if answers and judge.scorer:
+    if isinstance(answers, Candidate):
+        return run.stage(f"{label}/figures", unheard, answers)
+    if judge.scorer:
         verdicts = run.stage(f"{label}/scores", score_with, answers, judge.scorer)
-    elif answers:
+    else:
         verdicts = run.stage(f"{label}/judgements", ask, comparisons_of(answers, own), judge.annotator)
     return run.stage(f"{label}/figures", figures, alpha, answers, verdicts, beside, aligned, cfg.guard,
                      compute=cfg.compute)  # fmt: skip
+
+
+def unheard(one: Candidate) -> Candidate:
+    """Stage: what there is to say of a candidate that did not answer."""
+    return one
 
 
 def figures(
@@ -375,10 +374,6 @@ def figures(
     """Stage: the figures of one alpha, and whether the guard refuses it."""
     from prefloop.train.reference import logps_under
 
-    if not answers:
-        return Candidate(
-            alpha=alpha, answers=0, refused="its answers were not sampled from it (a check of the sampler)"
-        )
     items = [(group.prompt, group.responses) for group in answers]
     logps = logps_under(aligned, items, compute=compute, part="aligned", stage=stage)
     found = candidate(alpha, answers, logps, verdicts)

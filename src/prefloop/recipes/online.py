@@ -22,7 +22,6 @@ from prefloop.seeds import derive_seed
 
 if TYPE_CHECKING:
     from prefloop.feedback.annotator import Annotator, Comparison, Judgement
-    from prefloop.feedback.meter import Meter
     from prefloop.progress import Advance
     from prefloop.records import Group, Pair, Prompt
     from prefloop.run import Run, Stage
@@ -76,11 +75,10 @@ def run_online(
 
 @dataclass(frozen=True)
 class Judges:
-    """Who trains, who judges the win rates, and what counts the calls of each."""
+    """Who trains, and who judges the win rates."""
 
     annotator: "Annotator"
     evaluator: "Annotator"
-    meters: "tuple[Meter, Meter]"
 
     @property
     def identity(self) -> str:
@@ -101,12 +99,12 @@ def load_judges(cfg: Any, run: "Run") -> Judges:
     from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.run import Stage
 
-    meters = load_meter(cfg.feedback), load_meter(cfg.evaluation)
     load = partial(load_annotator, compute=cfg.compute, stage=Stage(name="feedback", run=run))
-    annotator = load(cfg.annotator, cfg.feedback, meter=meters[0])
+    annotator = load(cfg.annotator, cfg.feedback, meter=load_meter(cfg.feedback, run=run))
+    evaluation = load_meter(cfg.evaluation, run=run, role="evaluation")
     # Left out, the evaluator is the annotator: the same one, so that nothing is loaded or paid twice.
-    evaluator = load(cfg.evaluator, cfg.evaluation, meter=meters[1]) if cfg.evaluator else annotator
-    return Judges(annotator, evaluator, meters)
+    evaluator = load(cfg.evaluator, cfg.evaluation, meter=evaluation) if cfg.evaluator else annotator
+    return Judges(annotator, evaluator)
 
 
 def warn_of_shared(judges: Judges, run: "Run") -> None:
@@ -157,7 +155,7 @@ class OnlineLoop:
         self.online, self.before, self.judges, self.cfg, self.stage = online, before, judges, cfg, stage
         self.ask, self.look, self.description = ask, look, description
         self.scratch, self.output = stage.scratch, stage.output
-        self.records = FeedbackRecords(self.scratch / "feedback", judges.meters)
+        self.records = FeedbackRecords(self.scratch / "feedback")
         self.kept: dict[str, Any] = {}
         learner = online.learner
         self.first, self.log = load_checkpoint(self.scratch, model=learner.model, optimizer=learner.optimizer)
@@ -240,10 +238,6 @@ class OnlineLoop:
         stage, log = self.stage, self.log
         if "sampler_gap" in log[0]:
             stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
-        for meter in self.judges.meters:
-            if meter.tallies:
-                stage.note(f"feedback: {meter.describe()}")
-        stage.event("feedback", **self.records.summary())
         for agreement in getattr(self.judges.annotator, "agreements", ()):
             stage.event("agreement", said=agreement.describe(), share=agreement.share, kappa=agreement.kappa)
         for name, n in (counted or totals)(log).items():
@@ -262,10 +256,7 @@ class OnlineLoop:
         except (PrefloopError, KeyboardInterrupt):
             if step > self.first:
                 self._save(step)
-            self.stage.event("feedback", **self.records.summary())
             raise
-        finally:
-            self.records.keep_counts()
 
     def _save(self, step: int) -> None:
         from prefloop.train.checkpoint import save_checkpoint
@@ -421,24 +412,14 @@ def totals(log: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 class FeedbackRecords:
-    """Every question with its answers and judgement, and what was counted, in files that a stopped run finds again.
+    """Every question with its answers and judgement, in files that a stopped run finds again.
 
     One file a step, under its own name: a step that is done again after a stop writes the same one.
     """
 
-    def __init__(self, folder: Path, meters: "Sequence[Meter]") -> None:
-        self.folder, self.meters = folder, meters
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.counts = folder / "counts.json"
-        if self.counts.is_file():
-            for meter, counted in zip(meters, json.loads(self.counts.read_text()), strict=True):
-                meter.resume(counted)
-
-    def keep_counts(self) -> None:
-        write_atomically(self.counts, json.dumps([meter.to_json() for meter in self.meters]))
-
-    def summary(self) -> dict[str, Any]:
-        return {name: tally for meter in self.meters for name, tally in meter.summary().items()}
 
     def write(self, step: int, rows: "Iterable[dict[str, Any]]") -> None:
         lines = [json.dumps({"step": step + 1, **row}) + "\n" for row in rows]

@@ -21,17 +21,13 @@ The paper's n, pairing, baseline and beta were not seen; they are options (docs/
 why). Departures: AdamW; identical answers and pairs with p = 1/2 are left out.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from prefloop.atomic import write_atomically
 from prefloop.config import Config
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
@@ -60,11 +56,8 @@ from prefloop.train.config import Compute, Train
 if TYPE_CHECKING:
     from prefloop.evaluate.win_rate import WinRate
     from prefloop.feedback.annotator import Annotator, Comparison, Judgement
-    from prefloop.feedback.meter import Meter
 
 Baseline = Literal["own", "start"]
-CALLS, MONEY = "judge calls", "money of the judge"
-"""What the manifest calls the count and the figure by which a budget goes on in a later round."""
 
 
 class OspConfig(Config):
@@ -191,52 +184,35 @@ def self_preferences(
                        reference=start.fingerprint)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Who compares, and what counts its calls. `identity`: of a stage in which it does."""
-
-    annotator: "Annotator"
-    meter: "Meter"
-
-    @property
-    def identity(self) -> str:
-        return self.annotator.identity
-
-
-def load_judge(cfg: OspConfig, run: Run, policy: ModelRef) -> Judge:
-    """The policy as its own judge, or the annotator that was named; what earlier rounds have used counts.
-
-    Raises InputError for what cannot be used.
-    """
+def load_judge(cfg: OspConfig, run: Run, policy: ModelRef) -> "Annotator":
+    """The policy as its own judge, or the annotator that was named. Raises InputError for what cannot be used."""
     from prefloop.feedback.registry import load_annotator, load_meter
 
-    meter = load_meter(cfg.feedback)
-    entries = [entry for name, entry in run.manifest.items() if name.endswith("/strengths")]
-    calls = sum(entry["counts"].get(CALLS, 0) for entry in entries)
-    meter.resume({"calls": calls, "money": sum(entry["figures"].get(MONEY, 0.0) for entry in entries), "tallies": {}})
+    meter = load_meter(cfg.feedback, run=run)
     stage = Stage(name="feedback", run=run)
     if cfg.annotator:
-        return Judge(load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage), meter)
+        return load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
     from prefloop.feedback.cache import JudgementCache
     from prefloop.feedback.instructions import load_instruction
     from prefloop.feedback.judge import LocalJudge
 
     instruction = load_instruction(cfg.feedback.instruction)
-    own = LocalJudge(policy, instruction, compute=cfg.compute, cache=JudgementCache(), meter=meter, stage=stage)
-    return Judge(own, meter)
+    return LocalJudge(policy, instruction, compute=cfg.compute, cache=JudgementCache(), meter=meter, stage=stage)
 
 
 def load_evaluator(cfg: OspConfig, run: Run) -> "Annotator | None":
-    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.registry import load_annotator, load_meter
 
-    stage = Stage(name="evaluation", run=run)
-    return load_annotator(cfg.evaluator, cfg.evaluation, compute=cfg.compute, stage=stage) if cfg.evaluator else None
+    if not cfg.evaluator:
+        return None
+    return load_annotator(cfg.evaluator, cfg.evaluation, compute=cfg.compute, stage=Stage(name="evaluation", run=run),
+                          meter=load_meter(cfg.evaluation, run=run, role="evaluation"))  # fmt: skip
 
 
 def strengths(
     groups: Sequence[Group],
     baselines: Sequence[Group],
-    judge: Judge,
+    judge: "Annotator",
     *,
     temperature: float,
     stage: Stage | None = None,
@@ -244,7 +220,7 @@ def strengths(
     """The groups with u_i as `score`: logit P(y_i > baseline), 0 for the baseline itself, the first answer of a group
     where there are no `baselines`. An abstention leaves no score and its reason.
 
-    Comparisons are counted by what became of them, questions (both orders of an annotator with slots) and calls too.
+    Comparisons are counted by what became of them, questions (both orders of an annotator with slots) too.
     """
     from prefloop.feedback.annotator import Comparison
     from prefloop.feedback.stage import ask
@@ -256,8 +232,7 @@ def strengths(
         for group in groups
         for response in group.responses[0 if outside else 1 :]
     ]
-    with counted(judge.meter, stage):
-        judgements = ask(comparisons, judge.annotator, stage=stage)
+    judgements = ask(comparisons, judge, stage=stage)
     count(comparisons, judgements, stage)
     answers = iter(judgements)
     return [
@@ -279,26 +254,6 @@ def with_strength(response: Response, judgement: "Judgement", temperature: float
     s = tempered(judgement, temperature)
     found = {"failure": judgement.reason} if s is None else {"score": strength(s)}
     return response.model_copy(update=found)
-
-
-@contextmanager
-def counted(meter: "Meter", stage: Stage) -> Iterator[None]:
-    """What LLM judges use meanwhile goes into the counts; a try that is stopped leaves it to the next one."""
-    before = meter.to_json()
-    file = stage.scratch / "usage.json" if stage.scratch else None
-    if file and file.is_file():
-        meter.resume(json.loads(file.read_text(encoding="utf-8")))
-    try:
-        yield
-    finally:
-        if file:
-            write_atomically(file, json.dumps(meter.to_json()))
-    if meter.tallies:
-        after = meter.to_json()
-        stage.count(CALLS, after["calls"] - before["calls"])
-        stage.figure(MONEY, after["money"] - before["money"])
-        stage.event("feedback", **meter.summary())
-        stage.note(f"feedback: {meter.describe()}")
 
 
 def count(comparisons: "Sequence[Comparison]", judgements: "Sequence[Judgement]", stage: Stage) -> None:

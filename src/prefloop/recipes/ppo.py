@@ -177,7 +177,7 @@ def load_scorers(cfg: Any, run: "Run") -> Judges:
 
     if not cfg.annotator:
         raise InputError("--annotator is missing: name who scores, such as rule:helpful-short or reward-model:MODEL")
-    meter, stage = load_meter(cfg.feedback), Stage(name="feedback", run=run)
+    meter, stage = load_meter(cfg.feedback, run=run), Stage(name="feedback", run=run)
     load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, meter=meter, stage=stage)
     annotator = load(cfg.annotator)
     evaluator = load(cfg.evaluator) if cfg.evaluator not in ("", cfg.annotator) else annotator
@@ -190,7 +190,7 @@ def load_scorers(cfg: Any, run: "Run") -> Judges:
     if annotator.identity == evaluator.identity:
         run.note(f"warning: the answers that models are looked at with are scored by {annotator.name}, which trains "
                  "the model and flatters it; name another --evaluator")  # fmt: skip
-    return Judges(annotator, evaluator, (meter,))
+    return Judges(annotator, evaluator)
 
 
 def reinforce(

@@ -156,7 +156,7 @@ def load_both(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "tuple[lis
 
 def preferences(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "list[Pair]":
     """The pairs as they are labelled, or as the annotator labels them or two own answers to each prompt."""
-    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.feedback.stage import annotate
     from prefloop.records import Group
     from prefloop.run import Stage
@@ -173,7 +173,8 @@ def preferences(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "list[Pa
         margin_of(pair, cfg.margin)
     if not cfg.annotator:
         return pairs
-    annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
+    annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run),
+                               meter=load_meter(cfg.feedback, run=run))  # fmt: skip
     if cfg.prompts:
         prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
         check_room(prompts, model, cfg.sampling.max_new_tokens)

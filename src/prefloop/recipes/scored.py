@@ -8,6 +8,7 @@ FA, RWR and CA are the offline methods of Hu et al. 2023 (arXiv 2308.12050); doc
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,14 +16,15 @@ from pydantic import Field
 
 from prefloop.atomic import write_atomically
 from prefloop.config import Config
-from prefloop.data.condition import CONDITION, Condition
+from prefloop.data.condition import CONDITION, REWARD_SCALE, ChatTemplate, Condition, each_template
 from prefloop.errors import InputError
 from prefloop.feedback.options import Feedback
 from prefloop.feedback.scorer import score_by, scores_alone
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, load_tokenizer
 from prefloop.pairs.filters import keep_finished, keep_scored
-from prefloop.pairs.rewards import REWARD_SCALE, RewardScale, reward_scale
+from prefloop.pairs.rewards import RewardScale, reward_scale
+from prefloop.pairs.tables import has_score
 from prefloop.recipes.steps import LookAt, check_room, fitting, held_back, load_own_prompts, prompts_of, said, split_off
 from prefloop.records import Demonstration, Group, Prompt
 from prefloop.sample.options import EngineName, Server
@@ -109,12 +111,12 @@ class Judges(NamedTuple):
 
 def load_judges(cfg: SupervisedConfig, run: "Run") -> Judges:
     """The annotators of a run. Raises InputError, before anything is computed, for what cannot be used."""
-    from prefloop.feedback.registry import load_annotator
+    from prefloop.feedback.registry import load_annotator, load_meter
     from prefloop.run import Stage
 
-    def load(name: str) -> "Annotator":
-        return load_annotator(name, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run))
-
+    meter = load_meter(cfg.feedback, run=run)
+    load = partial(load_annotator, feedback=cfg.feedback, compute=cfg.compute, meter=meter,
+                   stage=Stage(name="feedback", run=run))  # fmt: skip
     name = cfg.reward if isinstance(cfg, ScoredConfig) else "column"
     if isinstance(cfg, ScoredConfig) and name == "column" and cfg.samples:
         raise InputError(
@@ -139,9 +141,18 @@ def load_judges(cfg: SupervisedConfig, run: "Run") -> Judges:
 
 
 def load_answers(
-    cfg: SupervisedConfig, run: "Run", model: ModelRef, *, rejected: bool = True
+    cfg: SupervisedConfig,
+    run: "Run",
+    model: ModelRef,
+    *,
+    rejected: bool = True,
+    condition: Condition | None = None,
 ) -> tuple[list[Group], list[Prompt]]:
-    """The answers to train on with the model's token ids, and the prompts to look at models with; none is in both."""
+    """The answers to train on with the model's token ids, and the prompts to look at models with; none is in both.
+
+    Raises InputError, before anything is computed, where rewards of the data are asked for and it has none, and for a
+    prompt that leaves no room for its answer, or none with a reward written into it by `condition`.
+    """
     from prefloop.data.groups import load_groups
 
     if not cfg.data:
@@ -157,8 +168,32 @@ def load_answers(
         raise InputError(f"{cfg.data}: all prompts are held out; nothing is left to train on")
     if len(own) < len(groups):
         run.note(f"{len(groups) - len(own)} prompts left out of training: they are held out")
+    if isinstance(cfg, ScoredConfig) and cfg.reward == "column":
+        check_rewards(own, cfg.data)
     check_room(held_out, model, cfg.sampling.max_new_tokens)
+    if isinstance(cfg, ScoredConfig) and cfg.samples:
+        check_room(prompts_of(own), model, cfg.sampling.max_new_tokens)
+    if condition:
+        asked = [condition.of(prompt, condition.target) for prompt in held_out]
+        check_room(asked, model, cfg.sampling.max_new_tokens)
+        check_room([condition.of(prompt, LONGEST_REWARD) for prompt in prompts_of(own)], model, 1)
     return run.stage("data/answers", fitting, own, model), held_out
+
+
+LONGEST_REWARD = -10.0
+"""Standardised rewards take no more room: one beyond ten standard deviations needs over a hundred answers."""
+
+
+def check_rewards(groups: Sequence[Group], source: str) -> None:
+    """Raises InputError where no answer of the data has a reward."""
+    from prefloop.data.groups import REWARDS
+
+    if not any(has_score(response) for group in groups for response in group.responses):
+        raise InputError(
+            f"--reward column: no answer in {source} has a reward; give them in a column ({', '.join(REWARDS)}; of "
+            "pairs chosen_score and rejected_score), or name who scores them, such as --reward rule:helpful-short or "
+            "reward-model:MODEL"
+        )
 
 
 def rewarded(
@@ -166,9 +201,7 @@ def rewarded(
 ) -> tuple[list[Group], RewardScale]:
     """All answers that have a reward, with it, and the mean and standard deviation of the rewards."""
     if cfg.samples:
-        prompts = prompts_of(answers)
-        check_room(prompts, policy, cfg.sampling.max_new_tokens)
-        sampled = round.stage("groups", sample, policy, prompts, k=cfg.samples, sampling=cfg.sampling,
+        sampled = round.stage("groups", sample, policy, prompts_of(answers), k=cfg.samples, sampling=cfg.sampling,
                               seed=derive_seed(cfg.seed, "sample"), compute=cfg.compute, engine=cfg.engine,
                               server=cfg.server)  # fmt: skip
         answers = round.stage("collected", collect, answers, sampled)
@@ -245,23 +278,23 @@ def fit_supervised(
         write_atomically(folder / REWARD_SCALE, scale.to_json() + "\n")
     if condition:
         tokenizer = load_tokenizer(policy)
-        tokenizer.chat_template = condition.chat_template(own_template(policy))
+        tokenizer.chat_template = each_template(own_template(policy), condition.chat_template)
         tokenizer.save_pretrained(folder)
         write_atomically(folder / CONDITION, condition.model_dump_json() + "\n")
     return folder
 
 
-def own_template(model: ModelRef) -> str:
-    """The chat template that a model's tokenizer uses. Raises InputError when there is none, or when it conditions."""
+def own_template(model: ModelRef) -> ChatTemplate:
+    """The chat templates of a model's tokenizer. Raises InputError when there is none, or when it conditions."""
     if (model.path / CONDITION).is_file():
         raise InputError(
             f"model {model.name} is conditional already ({CONDITION}): its chat template writes a reward into "
             "every prompt; name the model that it was trained from"
         )
-    tokenizer = load_tokenizer(model)
-    if not tokenizer.chat_template:
+    template: ChatTemplate | None = load_tokenizer(model).chat_template
+    if not template:
         raise InputError(
             f"model {model.name} has no chat template, in which the conditioning would be saved; "
             "name one that has been tuned on conversations, or set chat_template in its tokenizer"
         )
-    return tokenizer.get_chat_template()
+    return template

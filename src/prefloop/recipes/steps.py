@@ -14,8 +14,10 @@ from prefloop.data.chat import ChatFormat, check_prompt_length, same_tokenizer
 from prefloop.data.mapping import Loaded, OnBadRow, are_answers, load_answers, load_pairs, load_prompts, load_rows
 from prefloop.errors import CheckFailed, InputError
 from prefloop.evaluate.checkup import checkup
+from prefloop.feedback.meter import described
 from prefloop.feedback.scorer import score_by
 from prefloop.models import ModelRef, check_different, context_of, copy_model, load_tokenizer, resolve
+from prefloop.pairs.answers import good_and_bad
 from prefloop.pairs.replay import hold_out
 from prefloop.records import Answer, Group, Item, Judged, Pair, Prompt, Response
 from prefloop.report.card import model_card
@@ -176,14 +178,19 @@ def load(source: str, option: str, on_bad_row: OnBadRow, run: Run) -> list[Pair]
     return said(load_pairs(source, on_bad_row=on_bad_row), run)
 
 
-def offline_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Pair], list[Pair]]:
+def offline_and_held_out(
+    cfg: Any, run: Run, model: ModelRef, *, check: Callable[[Sequence[Pair]], None] | None = None
+) -> tuple[list[Pair], list[Pair]]:
     """The offline pairs and the held-out pairs with the model's token ids, the latter with its log-probabilities too.
 
-    Without `cfg.held_out` a tenth of the pairs (256 at most) is held out by prompt and never trained on.
+    Without `cfg.held_out` a tenth of the pairs (256 at most) is held out by prompt and never trained on. `check` sees
+    the offline pairs before anything is computed.
     """
     from prefloop.train.reference import with_reference_logps
 
     pairs = load(cfg.pairs, "pairs", cfg.on_bad_row, run)
+    if check:
+        check(pairs)
     apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
     offline = run.stage("data/pairs", tokenise, pairs, model)
     if apart:
@@ -198,14 +205,25 @@ def has_answers(source: str) -> bool:
     return bool(source) and are_answers(load_rows(source, None, seed_file="pairs"))
 
 
-def answers_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Answer], list[Pair]]:
-    """The answers of `cfg.pairs` with the model's token ids, and the pairs of `cfg.held_out`, if any."""
+def answers_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Answer], list[Pair], list[Prompt]]:
+    """The answers of `cfg.pairs` with the model's token ids; held-out pairs, with its log-probabilities too; and the
+    prompts to look at models with.
+
+    Without `cfg.held_out` a tenth of the answers (256 at most) is held out by prompt and never trained on; a pair is
+    the first good and the first bad answer to a prompt that has both.
+    """
     from prefloop.train.reference import with_reference_logps
 
-    answers = run.stage("data/answers", tokenise, said(load_answers(cfg.pairs, on_bad_row=cfg.on_bad_row), run), model)
+    answers = said(load_answers(cfg.pairs, on_bad_row=cfg.on_bad_row), run)
     apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
-    held_out = run.stage("data/held_out", tokenise, apart, model)
-    return answers, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute)
+    own = run.stage("data/answers", tokenise, answers, model)
+    if apart:
+        held_out = run.stage("data/held_out", tokenise, apart, model)
+        prompts = prompts_of(held_out)
+    else:
+        own, others = hold_out(own, min(256, len(own) // 10), seed=derive_seed(cfg.seed, "held out"))
+        held_out, prompts = good_and_bad(others), prompts_of(others)
+    return own, run.stage("start/held_out", with_reference_logps, held_out, model, compute=cfg.compute), prompts
 
 
 def held_back(round: Round, items: Sequence[I], train: Train, *, seed: int, kind: str) -> tuple[list[I], list[I]]:
@@ -274,13 +292,15 @@ def look_at(
     model: ModelRef,
     *,
     beta: float = 1.0,
+    per_token: bool = False,
+    referenced: bool = True,
     prompts: Sequence[Prompt] = (),
     evaluator: "Annotator | None" = None,
 ) -> list[Group]:
     """Answers of `model` to held-out prompts and its figures beside the start model; the same seeds for every model.
 
-    The prompts are those of the held-out pairs unless given. An `evaluator` scores the answers. `beta` is that of the
-    margin on held-out pairs. Returns the answers.
+    The prompts are those of the held-out pairs unless given. An `evaluator` scores the answers. `beta`, `per_token` and
+    `referenced` are of the margin on held-out pairs (`checkup`). Returns the answers.
     """
     prompts = some(prompts or prompts_of(held_out), cfg.look_at.answers, derive_seed(cfg.seed, "look at"))
     seed = derive_seed(cfg.seed, "answers")
@@ -290,14 +310,19 @@ def look_at(
     )  # fmt: skip
     if evaluator:
         answers = run.stage(f"{label}/rewards", score_by, answers, evaluator)
-    run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=beta, compute=cfg.compute)
+    run.stage(f"{label}/checkup", checkup, model, start, held_out, answers, beta=beta, per_token=per_token,
+              referenced=referenced, compute=cfg.compute)  # fmt: skip
     return answers
 
 
 def conclude(run: Run, model: ModelRef) -> ModelRef:
-    """The final model with its card as RUN/model, and the reports: report.md and report.html."""
+    """The final model with its card as RUN/model, and the reports: report.md and report.html; what annotators have used
+    is said.
+    """
     folder = run.stage("model", export, model, model_card(read_story(run.path)))
     story = read_story(run.path)
+    if story.usage:
+        run.note(f"feedback: {described(story.usage)}")
     write_report(story)
     write_page([story], run.path / REPORT)
     return ModelRef.of(folder.path)

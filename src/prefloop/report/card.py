@@ -1,6 +1,7 @@
 """The model card that goes into a trained model's folder."""
 
 import re
+from pathlib import Path
 
 import yaml
 
@@ -24,7 +25,7 @@ def model_card(story: Story) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if rewards else "text-generation",
         "tags": list(dict.fromkeys(["prefloop", story.recipe, *tags])),
-        **({"base_model": start} if re.fullmatch(r"[\w.-]+/[\w.-]+", start) and not start.startswith(".") else {}),
+        **({"base_model": start} if is_hub_id(start) else {}),
     }
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
@@ -56,6 +57,11 @@ Held out: `{story.config.get("held_out")}`.
 {options.strip()}
 ```
 """
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the hub: `org/name`, and no folder here, which would have been taken."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _made(story: Story, start: str, data: str | None) -> str:

@@ -45,7 +45,8 @@ def _by_model(stories: Sequence[Story]) -> list[Chart]:
         (
             "Held-out margin",
             "beta h, reward units",
-            "How far the implicit reward keeps chosen and rejected apart. It grows with training, also beyond use.",
+            "How far the implicit reward keeps chosen and rejected apart, in the units of the loss. It grows with "
+            "training, also beyond use.",
             0.0,
             lambda r: r.checkup and r.checkup.margin,
         ),

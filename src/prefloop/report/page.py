@@ -239,11 +239,11 @@ def _judge(story: Story) -> list[Row]:
         slots = f"{counts['first_slot']} the first, {counts['second_slot']} the second, {counts['consistent']} neither"
         rows.append(("follows the slot", "{:.2f} [{:.2f}, {:.2f}]".format(*share) + f" ({slots})"))
     for name, used in story.usage.items():
-        money = "unknown: the model has no price" if used["money"] is None else number(used["money"])
-        rows.append((name, f"{used['calls']} calls, {used['cache_hits']} answers from the cache"))
-        rows.append(("tokens asked + answered", f"{used['tokens_in']} + {used['tokens_out']}"))
+        money = "unknown: the model has no price" if used.money is None else number(used.money)
+        rows.append((name, f"{used.calls} calls, {used.cache_hits} answers from the cache"))
+        rows.append(("tokens asked + answered", f"{used.tokens_in} + {used.tokens_out}"))
         rows.append(("money", money))
-        rows += [(f"fault: {kind}", str(n)) for kind, n in used["faults"].items()]
+        rows += [(f"fault: {kind}", str(n)) for kind, n in sorted(used.faults.items())]
     return rows
 
 

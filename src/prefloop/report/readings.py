@@ -83,7 +83,7 @@ def _both_fall(story: Story) -> Iterator[Reading]:
         for r in ([] if looked_at else story.rounds)
         if _falls(tail_mean(r, "chosen_change"), tail_mean(r, "rejected_change"))
     ]
-    remedies = [("--train.steps", "fewer"), ("--beta", "higher: a stronger pull to the reference")]
+    remedies = [("--train.steps", "fewer"), *_pull(story)]
     if story.recipe in ("oaif", "bpo"):
         remedies.append(("--loss ipo", "its margin has a target, beyond which nothing is pushed down"))
     if held_out or trained:
@@ -93,6 +93,17 @@ def _both_fall(story: Story) -> Iterator[Reading]:
             "so this is expected; it is a fault where the fall of chosen is large, or answers get worse.",
             tuple(remedies),
         )
+
+
+def _pull(story: Story) -> list[tuple[str, str]]:
+    """The remedy of a larger beta, where the loss has a reference to be pulled to."""
+    loss = str(story.config.get("loss", "dpo"))
+    if loss != "dpo":
+        from prefloop.train.losses import parse_loss
+
+        if not parse_loss(loss).referenced:
+            return []
+    return [("--beta", "higher: a stronger pull to the reference")]
 
 
 def _falls(chosen: float | None, rejected: float | None) -> bool:
@@ -109,21 +120,20 @@ def _length_grows(story: Story) -> Iterator[Reading]:
         "dice": [("--alpha auto", "finds the length coefficient at which winners are as long as losers"),
                  ("--length-unit tokens", "measures length as the model pays for it")],
         "oaif": [("--feedback.instruction helpfulness-short", "asks a judge for the shorter of two that are close"),
-                 ("--beta", "higher: a stronger pull to the reference")],
+                 *_pull(story)],
         "osp": [("--feedback.instruction helpfulness-short", "asks the judge for the shorter of two that are close"),
-                ("--beta", "higher: a stronger pull to the reference")],
+                *_pull(story)],
         "optune": [("--annotator", "one whose scores do not grow with length"),
-                   ("--beta", "higher: a stronger pull to the reference")],
+                   *_pull(story)],
         "bpo": [("--feedback.instruction helpfulness-short", "asks a judge for the shorter of two that are close"),
                 ("--phases", "fewer: the reference stays near the start for longer")],
         "sail": [("--mixture", "lower: more of the data's own pairs"),
-                 ("--beta", "higher: a stronger pull to the reference")],
-        "ppo": [("--annotator", "one whose scores do not grow with length"),
-                ("--beta", "higher: a stronger pull to the reference")],
+                 *_pull(story)],
+        "ppo": [("--annotator", "one whose scores do not grow with length"), *_pull(story)],
         "mpo": [("--annotator", "one whose scores do not grow with length"),
                 ("--beta", "higher: a stronger pull to the DPO model")],
         "dpo": [("prefloop dice --alpha auto", "makes pairs whose winners are as long as their losers"),
-                ("--beta", "higher: a stronger pull to the reference")],
+                *_pull(story)],
     }  # fmt: skip
     yield Reading(
         tuple(label for label, _ in grown),
@@ -147,7 +157,7 @@ def _drifted(story: Story) -> Iterator[Reading]:
             else (
                 ("--train.learning-rate", "lower"),
                 ("--train.steps", "fewer"),
-                *([("--beta", "higher: a stronger pull to the reference")] if "beta" in story.config else []),
+                *(_pull(story) if "beta" in story.config else []),
             ),
         )
 
@@ -201,7 +211,7 @@ def _overfitted_judge(story: Story) -> Iterator[Reading]:
                 f"({judged[0]:.2f}): the model learned the annotator's taste, not what both value.",
                 (
                     ("--annotator A+B", "votes of several annotators are harder to please for the wrong reason"),
-                    ("--beta", "higher: a stronger pull to the reference"),
+                    *_pull(story),
                     ("--train.steps", "fewer; the chart of win rates shows where they part"),
                 ),
             )

@@ -18,13 +18,14 @@ from prefloop.evaluate.checkup import Checkup
 from prefloop.evaluate.figures import COMPARED, FIGURES, Report
 from prefloop.evaluate.reward_pairs import RewardPairs
 from prefloop.evaluate.targets import Asked
+from prefloop.feedback.meter import Tally, usage_of
 from prefloop.merge.distance import Distance
 from prefloop.pairs.length import LengthCoefficient
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.run import recipe_of
 
 Interval = tuple[float, float, float]
-TOLD = re.compile(r'"event": "(?:engine|feedback|row skipped)"')
+TOLD = re.compile(r'"event": "(?:engine|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
 FEEDBACK = "model/feedback.jsonl"
@@ -70,7 +71,8 @@ class Round:
 @dataclass(frozen=True)
 class Story:
     """A run as a person wants to read it. `stages` are the manifest's entries: counts, figures
-    and seconds by stage name. `events` are those that `TOLD` names. `evaluation`: what `prefloop eval` found.
+    and seconds by stage name. `events` are those that `TOLD` names. `usage`: what
+    annotators have used, by annotator. `evaluation`: what `prefloop eval` found.
     `tried`: what ExPO chose among, by alpha, and
     `alpha` what it chose; both empty elsewhere. `distance`: of the aligned model from its base.
     """
@@ -82,6 +84,7 @@ class Story:
     stages: dict[str, dict[str, Any]]
     rounds: list[Round]
     events: list[dict[str, Any]] = field(default_factory=list)
+    usage: dict[str, Tally] = field(default_factory=dict)
     evaluation: Report | None = None
     tried: list[Candidate] = field(default_factory=list)
     alpha: float | None = None
@@ -96,21 +99,6 @@ class Story:
     def seconds(self) -> float:
         """Of all stages together."""
         return sum(entry["seconds"] for entry in self.stages.values())
-
-    @property
-    def usage(self) -> dict[str, dict[str, Any]]:
-        """What annotators used, by annotator: calls, tokens, money and faults, of all processes that ran.
-
-        `money` is None when the price of a model is unknown.
-        """
-        used: dict[str, dict[str, Any]] = {}
-        for event in self.events:
-            if event["event"] != "feedback":
-                continue
-            for name, tally in event.items():
-                if isinstance(tally, dict):
-                    used[name] = _added(used[name], tally) if name in used else tally
-        return used
 
 
 def read_story(path: Path) -> Story:
@@ -136,6 +124,7 @@ def read_story(path: Path) -> Story:
             if evaluated
             else [_read_round(path / label, label, stages) for label in labels if label not in NO_MODELS],
             events=_read_events(path / "events.jsonl"),
+            usage=usage_of(path),
             evaluation=Report.from_json((path / FIGURES).read_text(encoding="utf-8")) if evaluated else None,
             tried=_read_tried(path / "search"),
             alpha=_read_alpha(path / "choice.json"),
@@ -188,18 +177,6 @@ def prompt_text(prompt: Prompt) -> str:
     if len(prompt.messages) == 1:
         return prompt.messages[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
-
-
-def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two tallies of the meter as one."""
-    total = {}
-    for name in one:
-        a, b = one[name], other[name]
-        if isinstance(a, dict):
-            total[name] = {kind: a.get(kind, 0) + b.get(kind, 0) for kind in {**a, **b}}
-        else:
-            total[name] = None if a is None or b is None else a + b
-    return total
 
 
 def _read_events(file: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ FIGURES: list[tuple[str, str, Callable[[Round], str]]] = [
     ),
     (
         "held-out accuracy",
-        "share of held-out pairs that beta (log pi - log pi_start) ranks as labelled, with its 95 % interval",
+        "share of held-out pairs that the implicit reward ranks as labelled, with its 95 % interval: beta (log pi - "
+        "log pi_start), or what the loss takes in its place (means over tokens; no reference)",
         lambda r: _of(r, lambda c: _interval(c.accuracy)),
     ),
     (

@@ -38,8 +38,16 @@ NO_CLASSIFIER = "expected a causal language model that transformers has a sequen
 
 
 def check_has_classifier(ref: ModelRef) -> None:
-    """Raises InputError, from the configuration alone, for a model that transformers has no sequence classifier of."""
+    """Raises InputError, from the configuration alone, for a model that transformers has no sequence classifier of, and
+    for a classifier with several outputs.
+    """
     config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if classifier and config.num_labels != 1:
+        raise InputError(
+            f"no reward or value model can be made of {ref.name}: it is a classifier with {config.num_labels} labels; "
+            "expected a causal language model, or a reward model, which has one"
+        )
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(f"no reward or value model can be made of {ref.name} ({config.model_type}); {NO_CLASSIFIER}")
 

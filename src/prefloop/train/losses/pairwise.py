@@ -297,8 +297,10 @@ def discopop(
 
     m = beta h,  s = sigmoid(m / tau),  loss = (1 - s) (-log sigmoid(m)) + s exp(-m)
 
-    Not convex: at h = 0 the slope is beta [(1 - ln 2) / (4 tau) - 3/4] > 0.
+    Not convex: at h = 0 the slope is beta [(1 - ln 2) / (4 tau) - 3/4] > 0. With `tau` above 1 the loss of a pair on
+    the wrong side would grow exponentially.
     """
+    within("tau", tau, 1e-6, 1.0 + 1e-9)
 
     def hard(margin: Tensor) -> Tensor:
         gate = margin / tau
@@ -329,7 +331,7 @@ def f_dpo(
         "reverse_kl": lambda rho: rho,
         "forward_kl": lambda rho: -capped_exp(-rho),
         "js": logsigmoid,
-        "alpha": lambda rho: -capped_exp(-alpha * rho) / alpha,
+        "alpha": lambda rho: -capped_expm1(-alpha * rho) / alpha,
     }
     if divergence not in scores:
         raise ValueError(f"divergence = {divergence!r}: should be one of {', '.join(scores)}")
@@ -341,6 +343,12 @@ def capped_exp(x: Tensor) -> Tensor:
     """e^x, and its tangent beyond `CAP`."""
     below = x.clamp(max=CAP)
     return below.exp() * (1.0 + (x - below))
+
+
+def capped_expm1(x: Tensor) -> Tensor:
+    """`capped_exp` less one, exact near 0: what is left of e^(-alpha rho) / alpha, where alpha is small, is rho."""
+    below = x.clamp(max=CAP)
+    return below.expm1() + below.exp() * (x - below)
 
 
 def aot(logps: PairLogps, *, beta: float = 0.1) -> Float[Tensor, " B"]:

@@ -107,8 +107,8 @@ LOSSES: dict[str, Loss] = {
                 no_p=SORTED, no_weight=SORTED),
     "aot_unpaired": Loss(pairwise.aot_unpaired, "the same between all chosen and all rejected answers", coupled=True,
                          no_p=SORTED, no_weight=SORTED),
-    "simpo": Loss(reference_free.simpo, "no reference: half the memory of a pass; means over tokens, a target margin",
-                  FREE, per_token=True),
+    "simpo": Loss(reference_free.simpo, "no reference, so no pass of one; means over tokens, a target margin", FREE,
+                  per_token=True),
     "orpo": Loss(reference_free.orpo, "no reference: imitation and preference at once, from a base model", FREE,
                  per_token=True),
     "cpo": Loss(reference_free.cpo, "no reference: DPO with a uniform one, and imitation", FREE),
@@ -174,10 +174,9 @@ class ChosenLoss:
         """The text in full, every hyper-parameter named."""
         said: list[str] = []
         for term in self.terms:
-            options = ",".join(f"{name}={value}" for name, value in term.options.items())
-            said.append(
-                ("" if term.share == 1.0 else f"{term.share!r}*") + term.name + (f":{options}" if options else "")
-            )
+            options = ",".join(f"{name}={_written(value)}" for name, value in term.options.items())
+            share = "" if term.share == 1.0 else f"{_written(term.share)}*"
+            said.append(share + term.name + (f":{options}" if options else ""))
         return "+".join(said)
 
     @property
@@ -196,6 +195,11 @@ class ChosenLoss:
         for term in self.terms:
             found |= term.row.needs
         return frozenset(found)
+
+    @property
+    def referenced(self) -> bool:
+        """Whether margins are of the log-ratio to a reference, not of the policy's log-probabilities alone."""
+        return "reference" in self.needs or self.unpaired
 
     @property
     def coupled(self) -> bool:
@@ -225,7 +229,7 @@ def parse_loss(text: str, *, beta: float | None = None) -> ChosenLoss:
 
     Raises InputError in one line for an unknown name or hyper-parameter and for a value out of range.
     """
-    terms = tuple(_terms(text.replace(" ", "")))
+    terms = tuple(_terms(re.sub(r"(?<=\de)\+(?=\d)", "", text.replace(" ", ""))))
     if len(terms) > 1 and any(term.row.unpaired for term in terms):
         raise InputError(f"loss = {text!r}: kto is a loss of single answers and cannot be summed with others")
     if beta is not None:
@@ -279,6 +283,11 @@ def _options(name: str, text: str) -> dict[str, Any]:
     return found
 
 
+def _written(value: float | str) -> str:
+    """A value as `parse_loss` reads it: 1e20, where Python writes 1e+20, whose plus would begin another term."""
+    return str(value).replace("e+", "e")
+
+
 def _number(what: str, text: str) -> float:
     try:
         value = float(text)
@@ -295,19 +304,32 @@ def _with(term: Term, beta: float) -> Term:
 
 
 def _try(term: Term) -> None:
-    """Raises InputError for hyper-parameters that the loss itself refuses."""
+    """Raises InputError for hyper-parameters that the loss itself refuses, or with which it overflows."""
     beta = term.options.get("beta", 1.0)
     if not 0.0 < beta < float("inf"):
         raise InputError(f"loss {term.name}: beta = {beta}: should be greater than 0")
-    one = torch.full((1,), -1.0)
-    count = torch.ones(1, dtype=torch.long)
-    pair = PairLogps(one, one, one, one, count, count, PairLogps(one, one, one, one), one, one, one, one > 0)
     for name, value in term.options.items():
         if name in NOT_NEGATIVE and value < 0:
             raise InputError(f"loss {term.name}: {name} = {value}: should be at least 0")
+    reference = torch.full((25,), -2.0 * FAR)
+    one, other = ((reference + moved).requires_grad_() for moved in torch.cartesian_prod(PROBES, PROBES).unbind(1))
+    count = torch.full((25,), 100)
+    tail = PairLogps(one / 2, other / 2, reference / 2, reference / 2)
+    collision, gap = -torch.ones(25) * 100, torch.ones(25)
+    pairs = PairLogps(one, other, reference, reference, count, count, tail, collision, collision, gap, gap > 0)
     try:
-        value = term(AnswerLogps(one, one, one, one) if term.row.unpaired else pair)
+        value = term(AnswerLogps(one, reference, other, reference) if term.row.unpaired else pairs)
     except ValueError as error:
         raise InputError(f"loss {term.name}: {error}") from None
-    if not bool(value.isfinite().all()):
-        raise InputError(f"loss {term.name}: its value is not a number with {term.options}; choose others")
+    slopes = torch.autograd.grad(value.sum(), (one, other), materialize_grads=True)
+    if not all(bool(found.isfinite().all()) for found in (value, *slopes)):
+        said = ", ".join(f"{name} = {value}" for name, value in term.options.items())
+        raise InputError(
+            f"loss {term.name}: with {said} its value or "
+            f"gradient is no finite number where an answer is {FAR:g} nats from its reference; choose others"
+        )
+
+
+FAR = 300.0
+PROBES = torch.tensor([-FAR, -1.0, 0.0, 1.0, FAR])
+"""log pi - log pi_ref of the answers that hyper-parameters are tried on."""
