@@ -91,7 +91,8 @@ def test_the_report_and_the_page_show_them(finished: Path) -> None:
     assert {"Reward of sampled answers", "Drift of sampled answers", "Entropy", "Clipped tokens", "Value loss",
             "Explained variance", "Reward of own answers"} <= titles  # fmt: skip
     report = (finished / "report.md").read_text()
-    assert "| reward |" in report and "| KL / token |" in report
+    assert "| reward |" in report and "| KL / token |" in report and "- evaluator: `rule:long`" in report
+    assert "Held out: a tenth of the data." in (finished / "model/README.md").read_text()
     assert story.stages["round-1/model"]["counts"]["answers"] == 24
     assert (finished / "model/model.safetensors").is_file()
 

@@ -27,6 +27,7 @@ def model_card(story: Story) -> str:
         "tags": list(dict.fromkeys(["prefloop", story.recipe, *tags])),
         **({"base_model": start} if is_hub_id(start) else {}),
     }
+    held_out = story.config.get("held_out")
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
                          if story.environment.get(name))  # fmt: skip
@@ -47,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Figures
 
-Held out: `{story.config.get("held_out")}`.
+Held out: {f"`{held_out}`" if held_out else "a tenth of the data"}.
 
 {markdown_table(story)}
 

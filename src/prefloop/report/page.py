@@ -291,6 +291,7 @@ def _facts(story: Story) -> list[Row]:
         "pairs",
         "prompts",
         "reward",
+        "value",
         "held_out",
         "annotator",
         "evaluator",
