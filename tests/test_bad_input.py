@@ -258,7 +258,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("limit", [600, 60_000])
+@pytest.mark.parametrize("limit", [600, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_a_full_disk(tmp_path: Path, models: dict[str, str], good: str, limit: int) -> None:
     """600 bytes: a file of records does not fit. 60,000: the records do, the trained model does not."""
     out = tmp_path / "run"

@@ -207,6 +207,7 @@ def test_what_is_missing_is_named(cfg: OaifConfig, tmp_path: Path, missing: str,
         run_oaif(cfg.replace(**{missing: ""}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_judge_whose_server_dies_is_paid_once_for_every_question(
     cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,14 +310,14 @@ def test_prompts_that_are_held_out_are_not_trained_on(cfg: OaifConfig, tmp_path:
     assert not {prompt.messages for prompt in own} & {prompt.messages for prompt in held_out}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss": "ipo", "train__lora__rank": 4},
-        {"loss": "slic", "feedback__labels": "soft", "feedback__scale": 20.0},
-        {"offline": True},
-    ],
-)
+OTHERS: list[dict[str, Any]] = [
+    {"loss": "ipo", "train__lora__rank": 4},
+    {"loss": "slic", "feedback__labels": "soft", "feedback__scale": 20.0},
+    {"offline": True},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS)
 def test_other_losses_labels_and_an_adapter(cfg: OaifConfig, tmp_path: Path, options: dict[str, Any]) -> None:
     run_oaif(cfg.replace(**options), tmp_path / "run")
     steps = [row for row in log_of(tmp_path / "run") if "evaluation" not in row]
@@ -327,8 +328,13 @@ def test_other_losses_labels_and_an_adapter(cfg: OaifConfig, tmp_path: Path, opt
     assert steps[0]["loss"] == pytest.approx(expected, abs=1e-4)
     if options.get("feedback__labels") == "soft":
         assert all(0.5 < p < 1 for p in first)
-    again = run_oaif(cfg.replace(**options), tmp_path / "again")
-    assert (again / "model/model.safetensors").read_bytes() == (tmp_path / "run/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OTHERS)
+def test_others_give_the_same_bytes_again(cfg: OaifConfig, tmp_path: Path, options: dict[str, Any]) -> None:
+    first, again = (run_oaif(cfg.replace(**options), tmp_path / name) for name in ("run", "again"))
+    assert (again / "model/model.safetensors").read_bytes() == (first / "model/model.safetensors").read_bytes()
 
 
 def test_offline_a_prompt_has_one_pair_of_answers(cfg: OaifConfig, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_the_same_command_again_computes_nothing(cfg: DiceConfig, finished: Path
     assert (finished / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_other_seed_other_answers(cfg: DiceConfig, finished: Path, tmp_path: Path) -> None:
     one = cfg.replace(rounds=1)
     again, other = run_dice(one, tmp_path / "again"), run_dice(one.replace(seed=2), tmp_path / "other")
@@ -219,6 +220,7 @@ def test_killed_three_times_it_ends_in_the_same_bytes(cfg: DiceConfig, finished:
     assert not list(out.rglob("*.partial")) and not list(out.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_given_a_policy_and_its_reference_no_first_round_is_trained(
     cfg: DiceConfig, finished: Path, start: Path, tmp_path: Path
 ) -> None:
@@ -230,22 +232,12 @@ def test_given_a_policy_and_its_reference_no_first_round_is_trained(
     assert (out / "model/model.safetensors").read_bytes() == (finished / "round-1/model/model.safetensors").read_bytes()
 
 
-def test_gamma_1_trains_on_offline_pairs_and_samples_nothing(cfg: DiceConfig, tmp_path: Path) -> None:
-    out = run_dice(cfg.replace(rounds=1, replay_fraction=1.0), tmp_path / "run")
+def test_gamma_1_trains_on_offline_pairs_and_samples_nothing(cfg: DiceConfig, start: Path, tmp_path: Path) -> None:
+    """And the baseline of a reference that stays: every pair's is the start model."""
+    out = run_dice(cfg.replace(rounds=1, replay_fraction=1.0, training_reference="start"), tmp_path / "run")
     assert not (out / "round-1/groups.jsonl").exists()
     mixed = pairs(out / "round-1/mixed.jsonl")
     assert len(mixed) == 12 and {pair.source for pair in mixed} == {"offline"}
-
-
-def test_gamma_0_trains_on_generated_pairs_alone(cfg: DiceConfig, tmp_path: Path) -> None:
-    out = run_dice(cfg.replace(rounds=1, replay_fraction=0.0), tmp_path / "run")
-    mixed = pairs(out / "round-1/mixed.jsonl")
-    assert {pair.source for pair in mixed} == {"generated"}
-    assert len(mixed) == len(pairs(out / "round-1/pairs.jsonl"))
-
-
-def test_the_fixed_reference_baseline_uses_the_start_model(cfg: DiceConfig, start: Path, tmp_path: Path) -> None:
-    out = run_dice(cfg.replace(rounds=1, replay_fraction=1.0, training_reference="start"), tmp_path / "run")
     assert {pair.reference for pair in pairs(out / "round-1/training_pairs.jsonl")} == {ModelRef.of(start).fingerprint}
 
 
@@ -256,10 +248,11 @@ def longest_wins(groups: Sequence[Group]) -> list[list[float | None]]:
     ]
 
 
-def test_a_scorer_of_ones_own_takes_the_place_of_the_implicit_reward(cfg: DiceConfig, tmp_path: Path) -> None:
-    own = cfg.replace(rounds=1, scorer="tests.test_recipes:longest_wins", alpha=0.0)
+def test_gamma_0_trains_on_generated_pairs_alone_here_by_a_scorer_of_ones_own(cfg: DiceConfig, tmp_path: Path) -> None:
+    own = cfg.replace(rounds=1, replay_fraction=0.0, scorer="tests.test_recipes:longest_wins", alpha=0.0)
     out = run_dice(own, tmp_path / "run")
-    made = pairs(out / "round-1/pairs.jsonl")
+    made, mixed = pairs(out / "round-1/pairs.jsonl"), pairs(out / "round-1/mixed.jsonl")
+    assert {pair.source for pair in mixed} == {"generated"} and len(mixed) == len(made)
     assert made
     assert all(pair.chosen.length_chars > pair.rejected.length_chars for pair in made)
     assert all(pair.chosen_score == pair.chosen.length_chars for pair in made)

@@ -1,5 +1,6 @@
 """Small random models of many decoder families, the path each should take, and the groups they are compared on."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,7 +129,8 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     """A random float32 model in evaluation mode; the global generator of torch is left as it was."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).float().eval()
+        # A model keeps its configuration, and the families' own must stay as they are whatever a test sets.
+        model = AutoModelForCausalLM.from_config(deepcopy(config)).float().eval()
         for parameter in model.parameters():
             # Fresh biases are 0 and fresh norms 1 everywhere: a path that left one out would go unnoticed.
             if parameter.ndim == 1:
