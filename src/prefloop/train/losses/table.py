@@ -174,8 +174,8 @@ class ChosenLoss:
         """The text in full, every hyper-parameter named."""
         said: list[str] = []
         for term in self.terms:
-            options = ",".join(f"{name}={_written(value)}" for name, value in term.options.items())
-            share = "" if term.share == 1.0 else f"{_written(term.share)}*"
+            options = ",".join(f"{name}={value}" for name, value in term.options.items())
+            share = "" if term.share == 1.0 else f"{term.share!r}*"
             said.append(share + term.name + (f":{options}" if options else ""))
         return "+".join(said)
 
@@ -229,6 +229,7 @@ def parse_loss(text: str, *, beta: float | None = None) -> ChosenLoss:
 
     Raises InputError in one line for an unknown name or hyper-parameter and for a value out of range.
     """
+    # Python writes 1e+20: that plus begins no term.
     terms = tuple(_terms(re.sub(r"(?<=\de)\+(?=\d)", "", text.replace(" ", ""))))
     if len(terms) > 1 and any(term.row.unpaired for term in terms):
         raise InputError(f"loss = {text!r}: kto is a loss of single answers and cannot be summed with others")
@@ -281,11 +282,6 @@ def _options(name: str, text: str) -> dict[str, Any]:
             raise InputError(f"loss {name}: {option} is there twice; give it once")
         found[option] = value if isinstance(known[option], str) else _number(f"loss {name}: {option}", value)
     return found
-
-
-def _written(value: float | str) -> str:
-    """A value as `parse_loss` reads it: 1e20, where Python writes 1e+20, whose plus would begin another term."""
-    return str(value).replace("e+", "e")
 
 
 def _number(what: str, text: str) -> float:
