@@ -52,6 +52,21 @@ def test_the_help_of_a_command_lists_every_option(name: str, capsys: pytest.Capt
     assert all(field.description for field in config.model_fields.values() if field.annotation in (str, int, float))
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["bpo", "--phases", "2.5"], "--phases 2.5: expected a whole number or all"),
+        (["pairs", "x", "--alpha", "abc"], "--alpha abc: expected a number or auto"),
+        (["sail", "--mixture", "x"], "--mixture x: expected None or a number"),
+    ],
+)
+def test_an_option_of_several_kinds_says_them(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"prefloop: {message}\n"
+
+
 @pytest.mark.parametrize(("name", "preset"), [(n, p) for n, c in COMMANDS.items() for p in c.presets])
 def test_every_preset_can_be_made_and_written(name: str, preset: str) -> None:
     cfg = load(COMMANDS[name].config.split(":")[0] + ":" + preset)()

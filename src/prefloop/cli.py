@@ -247,6 +247,10 @@ def options(config: type[Config], prefix: str = "--") -> Iterator[tuple[str, Any
             yield option, kind
 
 
+KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+"""The parser's names of what an option takes."""
+
+
 def one_line(box: str) -> str:
     """The message of a framed error text, without its frame and without the help text below it."""
     message = re.split(r"─{8,}\s*│|Argument helptext|For full helptext", box.replace("\n", " \n"), maxsplit=2)
@@ -260,6 +264,11 @@ def one_line(box: str) -> str:
         name, reason, value = refused.groups()
         own = reason.removeprefix("Value error, ")
         return own if own != reason else f"{name.replace('_', '-')} = {value}: {reason[0].lower()}{reason[1:]}"
+    several = re.search(r"(--\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]", text)
+    if several:
+        name, kinds, value = several.groups()
+        expected = [KINDS.get(kind, kind.strip("{}").replace(",", " or ")) for kind in kinds.split("|")]
+        return f"{name} {value}: expected {' or '.join(expected)}"
     return re.sub(r"^(Value error|Invalid choice|Missing argument|Required options|Parsing error)\s+", "", text)
 
 
