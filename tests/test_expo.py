@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
+from prefloop.errors import OutOfRange
 from prefloop.evaluate.candidate import Candidate, Guard
 from prefloop.evaluate.win_rate import WinRate
 from prefloop.models import ModelRef
@@ -193,21 +194,32 @@ def test_an_interrupted_search_ends_in_the_same_bytes(
 
 
 def test_an_alpha_that_overflows_is_refused_and_the_search_goes_on(
-    by_scorer: ExpoConfig, models: tuple[Path, Path], tmp_path: Path
+    by_scorer: ExpoConfig, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float16 a number ends at 65504."""
+    """In float16 a number ends at 65504; an engine may store weights in it that the model has in float32."""
+    real = recipe.sample
+
+    def stored(model: ModelRef, *args: Any, **kwargs: Any) -> Any:
+        if model.name == "alpha = 1":
+            raise OutOfRange("too large for the engine")
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(recipe, "sample", stored)
     base, aligned = tmp_path / "base", tmp_path / "aligned"
     for theta, folder, factor in ((models[0], base, 1.0), (models[1], aligned, 1.5)):
         shutil.copytree(theta, folder)
         tensors = {name: value.half() for name, value in load_file(folder / WEIGHTS).items()}
         tensors["model.norm.weight"][0] *= factor
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    out = run_expo(by_scorer.replace(base=str(base), aligned=str(aligned), search__grid=(0.5, 1e6)), tmp_path / "run")
+    out = run_expo(
+        by_scorer.replace(base=str(base), aligned=str(aligned), search__grid=(0.5, 1.0, 1e12)), tmp_path / "run"
+    )
     story = read_story(out)
-    assert [one.alpha for one in story.tried][-1] == 1e6 and len(story.tried) >= 4
-    assert story.tried[-1].answers == 0 and story.alpha is not None and story.alpha < 1e6
-    assert "alpha = 1e+06 takes model." in (why := story.tried[-1].refused or "") and why.endswith("lower it")
-    assert why in (out / "report.md").read_text() or why[:40] in (out / "report.md").read_text()
+    assert [(one.alpha, one.answers) for one in story.tried] == [(-1.0, 8), (0.0, 8), (0.5, 8), (1.0, 0), (1e12, 0)]
+    assert story.tried[3].refused == "too large for the engine"
+    assert story.alpha is not None and story.alpha < 1.0
+    assert "alpha = 1e+12 takes model." in (why := story.tried[-1].refused or "") and why.endswith("lower it")
+    assert why in (out / "report.md").read_text() and (out / "search/alpha-1e12/figures.json").is_file()
 
 
 def simulated(

@@ -2,6 +2,7 @@
 
     PrefloopError               anything that a run reports in one line; the command line exits with status 2
     ├── InputError              what the user gave cannot be used (also a ValueError)
+    │   └── OutOfRange          a weight that the dtype it is to be stored in does not hold
     ├── CheckFailed             a truth that a run checks about itself does not hold
     ├── EngineError             a sampling engine failed or died
     └── FeedbackError           an annotator failed for good
@@ -17,6 +18,10 @@ class PrefloopError(Exception):
 
 class InputError(PrefloopError, ValueError):
     """A file, option or model that the user gave cannot be used."""
+
+
+class OutOfRange(InputError):
+    """A weight is beyond the range of the dtype that it is to be stored in."""
 
 
 class CheckFailed(PrefloopError):

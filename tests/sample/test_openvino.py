@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from prefloop.errors import InputError
+from prefloop.errors import InputError, OutOfRange
 from prefloop.models import ModelRef
 from prefloop.sample.gguf_export import gguf_obstacle, write_gguf
 from prefloop.sample.openvino import TOLERANCE, OpenVinoEngine
@@ -121,7 +121,7 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     model = stopping_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
-    with pytest.raises(InputError, match=r"'model.layers.0.mlp.up_proj.weight' has values beyond the range of float16"):
+    with pytest.raises(OutOfRange, match=r"'model.layers.0.mlp.up_proj.weight' has values beyond the range of float16"):
         write_gguf(folder_of(model, tmp_path), tmp_path / "policy.gguf")
 
 

@@ -22,17 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefloop.data.chat import vocabulary_difference
-from prefloop.errors import InputError
+from prefloop.errors import InputError, OutOfRange
 from prefloop.merge.distance import UNLIKELY, Distance
 from prefloop.models import ModelRef, has_tokenizer, load_tokenizer, model_config, skeleton
 from prefloop.run import Stage
 
 BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 """Files of theta_1 that go with the weights. Its training log and its card are not those of the new model."""
-
-
-class OutOfRange(InputError):
-    """A weight at this alpha is no number of its dtype."""
 
 
 @dataclass(frozen=True)

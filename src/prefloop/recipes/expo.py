@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from prefloop.config import Config
-from prefloop.errors import CheckFailed, InputError
+from prefloop.errors import CheckFailed, InputError, OutOfRange
 from prefloop.evaluate.candidate import Candidate, Guard, candidate, refusal
 from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.models import ModelRef, adapter_base, resolve
@@ -298,29 +298,30 @@ def answers_at(
 ) -> list[Group] | Candidate:
     """Stage: the answers of theta(alpha), whose weights are on the disk only meanwhile.
 
-    A candidate that is refused unheard where a weight leaves the range of its dtype, or where the sampler's own check
-    fails, as it may where weights have left what a model is.
+    A candidate that is refused unheard where a weight leaves the range of its dtype, or of the sampler's, or where the
+    sampler's own check fails, as it may where weights have left what a model is.
     """
     from prefloop.atomic import write_folder_atomically
-    from prefloop.merge.extrapolate import OutOfRange, extrapolate
+    from prefloop.merge.extrapolate import extrapolate
 
     def refused(why: str) -> Candidate:
         stage.note(f"alpha = {alpha:g} is passed over: {why}")
         return Candidate(alpha=alpha, answers=0, refused=why)
 
     model = aligned
-    if alpha:
-        assert stage.scratch is not None
-        folder = stage.scratch / "model"
-        try:
+    try:
+        if alpha:
+            assert stage.scratch is not None
+            folder = stage.scratch / "model"
             if not folder.is_dir():
                 write_folder_atomically(folder, lambda path: extrapolate(base, aligned, alpha, path))
-        except OutOfRange as error:
-            return refused(str(error))
-        model = ModelRef.of(folder, name=f"alpha = {alpha:g}")
-    try:
+            model = ModelRef.of(folder, name=f"alpha = {alpha:g}")
         return sample(model, prompts, k=1, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "answers"),
                       compute=cfg.compute, engine=cfg.engine, server=cfg.server, stage=stage)  # fmt: skip
+    except OutOfRange as error:
+        if not alpha:
+            raise
+        return refused(str(error))
     except CheckFailed as error:
         if alpha <= 0:
             raise

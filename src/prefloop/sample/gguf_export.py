@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefloop.errors import InputError
+from prefloop.errors import InputError, OutOfRange
 from prefloop.models import ModelRef, model_config
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _stored(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray
         heads = config["num_attention_heads"]
         weight = _interleaved(weight, heads if ".q_proj" in name else config.get("num_key_value_heads") or heads)
     if np.abs(weight).max(initial=0.0) > np.finfo(np.float16).max:
-        raise InputError(
+        raise OutOfRange(
             f"the weight {name!r} has values beyond the range of float16, which this engine stores; use --engine "
             "transformers"
         )
