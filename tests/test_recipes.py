@@ -14,10 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from prefloop.data.chat import ChatFormat
+from prefloop.errors import InputError
 from prefloop.models import ModelRef, load_tokenizer
 from prefloop.recipes.dice import DiceConfig, Filters, demo, dice, paper
 from prefloop.recipes.dpo import DpoConfig, dpo
-from prefloop.recipes.steps import LookAt, own_ids, run_in_folder
+from prefloop.recipes.steps import LookAt, offline_and_held_out, own_ids, run_in_folder
 from prefloop.records import Group, Pair, Response
 from prefloop.report.story import read_story
 from prefloop.run import Run
@@ -277,6 +278,18 @@ def test_without_held_out_a_tenth_of_the_pairs_is_held_out(start: Path, data: di
     held_out = {pair.prompt.id for pair in pairs(tmp_path / "run/start/held_out.jsonl")}
     trained = {pair.prompt.id for pair in pairs(tmp_path / "run/round-1/training_pairs.jsonl")}
     assert len(held_out) == 1 and len(trained) == 11 and not held_out & trained
+
+
+def test_prompts_that_are_held_out_are_not_trained_on(start: Path, data: dict[str, str], tmp_path: Path) -> None:
+    lines = (Path(data["pairs"]).read_text() + Path(data["held_out"]).read_text()).splitlines(keepends=True)
+    (tmp_path / "both.jsonl").write_text("".join(lines))
+    cfg = DpoConfig(policy=str(start), pairs=str(tmp_path / "both.jsonl"), held_out=data["held_out"], compute=COMPUTE)
+    with Run.open(tmp_path / "run", recipe="dpo", config=cfg) as run:
+        offline, held_out = offline_and_held_out(cfg, run, ModelRef.of(start))
+        with pytest.raises(InputError, match="all 6 rows to train on have prompts that are held out too"):
+            offline_and_held_out(cfg.replace(pairs=data["held_out"]), run, ModelRef.of(start))
+    assert len(offline) == 12 and not {pair.prompt.id for pair in offline} & {pair.prompt.id for pair in held_out}
+    assert "6 rows left out of training: held-out prompts" in (tmp_path / "run/events.jsonl").read_text()
 
 
 def test_run_in_folder_prints_the_table_and_the_places(

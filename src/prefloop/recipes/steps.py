@@ -192,6 +192,7 @@ def offline_and_held_out(
     if check:
         check(pairs)
     apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
+    pairs = apart_from(pairs, prompts_of(apart), run, why="held-out prompts")
     offline = run.stage("data/pairs", tokenise, pairs, model)
     if apart:
         held_out = run.stage("data/held_out", tokenise, apart, model)
@@ -216,6 +217,7 @@ def answers_and_held_out(cfg: Any, run: Run, model: ModelRef) -> tuple[list[Answ
 
     answers = said(load_answers(cfg.pairs, on_bad_row=cfg.on_bad_row), run)
     apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
+    answers = apart_from(answers, prompts_of(apart), run, why="held-out prompts")
     own = run.stage("data/answers", tokenise, answers, model)
     if apart:
         held_out = run.stage("data/held_out", tokenise, apart, model)
@@ -262,12 +264,17 @@ def prompts_and_held_out(cfg: Any, run: Run) -> tuple[list[Prompt], list[Prompt]
     return own, held_out
 
 
-def apart_from(pairs: Sequence[Pair], prompts: Sequence[Prompt], run: Run, *, why: str) -> list[Pair]:
-    """The pairs whose prompts are not among `prompts`, and how many were left out for it."""
+def apart_from(items: Sequence[I], prompts: Sequence[Prompt], run: Run, *, why: str) -> list[I]:
+    """The items whose prompts are not among `prompts`, and how many were left out for it.
+
+    Raises InputError when none is left.
+    """
     known = {prompt.messages for prompt in prompts}
-    kept = [pair for pair in pairs if pair.prompt.messages not in known]
-    if len(kept) < len(pairs):
-        run.note(f"{len(pairs) - len(kept)} pairs left out of training: {why}")
+    kept = [item for item in items if item.prompt.messages not in known]
+    if items and not kept:
+        raise InputError(f"all {len(items)} rows to train on have prompts that are held out too; give others")
+    if len(kept) < len(items):
+        run.note(f"{len(items) - len(kept)} rows left out of training: {why}")
     return kept
 
 
