@@ -30,7 +30,8 @@ from bake.claims import judged
 from bake.figures import KL, MIDDLE, Runs, cost, summary
 
 EQUAL_TOKENS = (
-    "dpo", "iterative-5", "oaif-dpo", "dice", "sail-pr", "bpo-2", "bpo-5", "optune-1", "optune-half", "osp", "ppo", "mpo", "ca",
+    "dpo", "iterative-5", "oaif-dpo", "dice", "sail-pr", "bpo-2", "bpo-5", "optune-1", "optune-half", "osp", "ppo",
+    "mpo", "ca",
 )  # fmt: skip
 """Rows of the second comparison."""
 LIKE = "oaif-dpo"
@@ -73,24 +74,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         args.processes, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread
     ) as pool:
         sanity = dict(zip(seeds, every(pool, sane, [(args.out, seed) for seed in seeds]), strict=True))
-        if any(METHODS[name].needs == "reward-model" for name in names):
-            every(pool, reward_model_of, [(args.out, seed, args.n) for seed in seeds])
-        jobs = [
-            (args.out, name, seed, strength, args.n) for seed in seeds for name in names for strength in args.strengths
-        ]
-        rows = every(pool, row_of, jobs)
+        rows = rows_of(args, pool, dict.fromkeys(names, args.n))
         more: list[dict[str, Any]] = []
         if not args.no_equal_tokens and LIKE in names:
-            sizes = sizes_at_equal_tokens(rows, [name for name in EQUAL_TOKENS if name in names], args.n)
-            every(pool, reward_model_of,
-                  [(args.out, seed, n) for name, n in sizes.items() if METHODS[name].needs == "reward-model" for seed in seeds])  # fmt: skip
-            jobs = [
-                (args.out, name, seed, strength, n)
-                for seed in seeds
-                for name, n in sizes.items()
-                for strength in args.strengths
-            ]
-            more = every(pool, row_of, jobs)
+            compared = [name for name in EQUAL_TOKENS if name in names]
+            more = rows_of(args, pool, sizes_at_equal_tokens(rows, compared, args.n))
     found: dict[str, Any] = {
         "kl": KL, "n": args.n, "seeds": args.seeds, "said": {name: METHODS[name].said for name in names},
         "sanity": {name: fmean(one[name] for one in sanity.values()) for name in sanity[0] if name != "start"},
@@ -101,6 +89,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     found["equal_tokens"] = {name: summary(runs) for name, runs in second.items()}
     found["claims"] = judged(first)
     return found
+
+
+def rows_of(args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows of methods with so many labels each, of all seeds and strengths."""
+    from bake.methods import METHODS
+
+    seeds = range(args.seeds)
+    judged_by = sorted({n for name, n in sizes.items() if METHODS[name].needs == "reward-model"})
+    every(pool, reward_model_of, [(args.out, seed, n) for n in judged_by for seed in seeds])
+    jobs = [(args.out, name, seed, i, n) for seed in seeds for name, n in sizes.items() for i in args.strengths]
+    return every(pool, row_of, jobs)
 
 
 def runs_of(found: dict[str, Any], part: str) -> dict[str, Runs]:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from intervals import interval
-
 from bake.figures import Runs, paired
+from intervals import interval
 
 Figure = Callable[[Runs, int], "float | None"]
 
@@ -99,8 +98,10 @@ def judged(methods: Mapping[str, Runs]) -> list[dict[str, Any]]:
             figure, said = FIGURES[name]
             values = paired([figure(ours, seed) for seed in ours.rows], [figure(theirs, seed) for seed in ours.rows])
             found = interval(values) if len(values) > 1 else None
-            lines.append({"claim": claim.said, "ours": claim.ours, "theirs": claim.theirs, "figure": said,
-                          "difference": found, "seeds": len(values), "verdict": verdict(found, claim.margin)})  # fmt: skip
+            lines.append(
+                {"claim": claim.said, "ours": claim.ours, "theirs": claim.theirs, "figure": said, "difference": found,
+                 "seeds": len(values), "verdict": verdict(found, claim.margin)}
+            )  # fmt: skip
     if {"optune-1", "optune-half"} <= methods.keys():
         lines.append(saving(methods["optune-1"], methods["optune-half"]))
     return lines

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bake.world import MAX_NEW_TOKENS
 from prefloop.config import Config
 from prefloop.data.condition import Condition
 from prefloop.feedback.options import Feedback
@@ -32,8 +33,6 @@ from prefloop.recipes.sail import VARIANTS, SailConfig
 from prefloop.recipes.steps import LookAt
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
-
-from bake.world import MAX_NEW_TOKENS
 
 BATCH = 16
 JUDGE = "rule:bake.world:score"

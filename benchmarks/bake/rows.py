@@ -12,6 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bake import world
+from bake.methods import COMPUTE, METHODS, RATES, SAMPLING, Setting, reward_model
+from bake.tally import counted
 from prefloop.atomic import write_atomically
 from prefloop.cli import COMMANDS
 from prefloop.config import Config
@@ -22,10 +25,6 @@ from prefloop.models import ModelRef
 from prefloop.records import Group, Pair, Prompt, Record, Response
 from prefloop.run import Run
 from prefloop.sample.stage import sample
-
-from bake import world
-from bake.methods import COMPUTE, METHODS, RATES, SAMPLING, Setting, reward_model
-from bake.tally import counted
 
 PAIRS = 1920
 """Offline pairs of a seed; a row takes the first n."""
@@ -213,7 +212,7 @@ def sanity(data: Path, seed: int) -> dict[str, Any]:
                     engine="transformers")  # fmt: skip
 
     def best(by: Callable[[Prompt, Response], float]) -> dict[str, float]:
-        chosen = [(g.prompt, max(g.responses, key=lambda response: by(g.prompt, response))) for g in groups]  # noqa: B023
+        chosen = [(g.prompt, max(g.responses, key=lambda response: by(g.prompt, response))) for g in groups]
         return {"reward": fmean(world.truth(*one) for one in chosen),
                 "words": fmean(len(response.text.split()) for _, response in chosen)}  # fmt: skip
 

@@ -9,7 +9,8 @@ about, often said before; the others are facts of something else and fillers; an
     score(x, y)  = truth(x, y) + 0.3 words + Gumbel noise
 
 So a filler or a repetition loses 0.2 by the truth and gains 0.1 by the annotator: an answer with all six facts and
-nothing else is the best there is (4.8), and an annotator is pleased most by one that goes on to the limit (1.6 at most).
+nothing else is the best there is (4.8 where they differ), and an annotator is pleased most by one that goes on to the
+limit (1.2).
 The difference of two Gumbel variables is logistic, so the higher of two scores wins with the Bradley-Terry probability
 of their differences: one function is the annotator of pairs, of single answers, and of soft labels. Its noise is drawn
 by a hash of question and answer: who asks again gets the same answer, as of a judge at temperature 0.
