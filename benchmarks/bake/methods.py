@@ -69,9 +69,9 @@ class Setting:
             "engine": "transformers",
         }
 
-    def train(self, steps: float, *, rate: float = 1.0, batch: int = BATCH, **more: Any) -> Train:
-        """So many steps at `rate` times the learning rate."""
-        return Train(steps=max(1, round(steps)), batch_size=batch, learning_rate=self.rate * rate, warmup_steps=5,
+    def train(self, steps: float, *, batch: int = BATCH, **more: Any) -> Train:
+        """So many steps at the row's learning rate."""
+        return Train(steps=max(1, round(steps)), batch_size=batch, learning_rate=self.rate, warmup_steps=5,
                      validation_pairs=0, checkpoint_every=1_000_000, **more)  # fmt: skip
 
     def pairs(self, n: int | None = None) -> dict[str, str]:
@@ -106,15 +106,17 @@ REWARD_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Method:
-    """A row. `label_calls` and `sampled` of its inputs (the offline pairs) are added to what the run itself consumes.
+    """A row.
 
-    needs: "pairs" or "answers" of the start model, "reward-model", or nothing.
+    needs: "pairs" or "answers" of the start model, "reward-model", or nothing; what these took is added to what the run
+    itself consumes. pace: its learning rates, in those of `RATES`; above 1 where the same rate hardly moves a model.
     """
 
     said: str
     recipe: str
     config: Callable[[Setting], Config]
     needs: str = ""
+    pace: float = 1.0
 
 
 def dpo(s: Setting, loss: str = "dpo", steps: float | None = None) -> DpoConfig:
@@ -141,8 +143,7 @@ def sail(s: Setting, variant: str) -> SailConfig:
 
 
 def bpo(s: Setting, phases: int | str, *, reference: str = "behaviour", members: int = 1, rank: int = 0) -> BpoConfig:
-    """An adapter learns at five times the rate: so its models end about as far from the start."""
-    train = s.train(s.steps, rate=5.0 if rank else 1.0, lora=Lora(rank=rank, alpha=2.0 * max(rank, 1)))
+    train = s.train(s.steps, lora=Lora(rank=rank, alpha=2.0 * max(rank, 1)))
     return BpoConfig(**s.common, **s.prompts(), annotator=JUDGE, phases=phases, reference=reference, members=members,
                      train=train)  # fmt: skip
 
@@ -198,7 +199,7 @@ def scored(s: Setting) -> dict[str, Any]:
 
 CONDITION = Condition(template="{input} reward {reward}", decimals=0, target=2.0)
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (2e-4, 5e-4, 1.2e-3)
 """Learning rates: the three strengths of every row (but ExPO's, whose strength is alpha)."""
 
 METHODS: dict[str, Method] = {
@@ -223,15 +224,15 @@ METHODS: dict[str, Method] = {
     "bpo-2": Method("BPO, F = 2", "bpo", lambda s: bpo(s, 2)),
     "bpo-5": Method("BPO, F = 5", "bpo", lambda s: bpo(s, 5)),
     "bpo-all": Method("BPO, every step", "bpo", lambda s: bpo(s, "all")),
-    "bpo-2-lora": Method("BPO, F = 2, an adapter", "bpo", lambda s: bpo(s, 2, rank=8)),
-    "bpo-2-lora-5": Method("BPO, F = 2, five adapters", "bpo", lambda s: bpo(s, 2, members=5, rank=8)),
+    "bpo-2-lora": Method("BPO, F = 2, an adapter", "bpo", lambda s: bpo(s, 2, rank=8), pace=5),
+    "bpo-2-lora-5": Method("BPO, F = 2, five adapters", "bpo", lambda s: bpo(s, 2, members=5, rank=8), pace=5),
     "optune-1": Method("OPTune, all answers new", "optune", lambda s: optune(s, 1.0)),
     "optune-half": Method("OPTune, half of them new", "optune", lambda s: optune(s, 0.5)),
     "osp": Method("OSP, soft labels", "osp", lambda s: osp(s, "soft")),
     "osp-hard": Method("OSP, hard labels", "osp", lambda s: osp(s, "hard")),
     "ppo": Method("PPO on a reward model (RLHF)", "ppo", ppo, "reward-model"),
     "mpo": Method("MPO", "mpo", mpo, "reward-model"),
-    "fa": Method("FA", "fa", lambda s: FaConfig(**scored(s)), "answers"),
-    "rwr": Method("RWR", "rwr", lambda s: RwrConfig(**scored(s)), "answers"),
-    "ca": Method("CA", "ca", lambda s: CaConfig(**scored(s), condition=CONDITION), "answers"),
+    "fa": Method("FA", "fa", lambda s: FaConfig(**scored(s)), "answers", pace=5),
+    "rwr": Method("RWR", "rwr", lambda s: RwrConfig(**scored(s)), "answers", pace=5),
+    "ca": Method("CA", "ca", lambda s: CaConfig(**scored(s), condition=CONDITION), "answers", pace=5),
 }

@@ -43,8 +43,8 @@ def generated(found: Mapping[str, Any], first: Mapping[str, Runs], second: Mappi
     parts = [
         "## What can be had", sanity_table(found),
         f"## Equal label calls\n\n{found['n']} label calls, {found['seeds']} seeds; true reward and length at {kl} "
-        "nats from the start model (in brackets: 95 % over seeds). Costs are those of the middle strength; a run's cost "
-        "is its tokens, each weighted by what it takes, in millions of tokens trained on.",
+        "nats from the start model (in brackets: 95 % over seeds). Costs are those of the middle strength; a run costs "
+        "its tokens, each weighted by what one takes, in millions of tokens trained on.",
         methods_table(found["methods"], found["said"]),
         "![Reward against KL divergence](comparison.svg)",
         "## Claims\n\nPaired differences over seeds, at equal label calls.",

@@ -62,7 +62,8 @@ def prepare(out: Path, seed: int) -> Path:
         return sample(start, prompts, k=2, sampling=SAMPLING, seed=seed + 1000 * len(name), compute=COMPUTE,
                       engine="transformers")  # fmt: skip
 
-    groups = draw(training, "pairs")
+    # An empty answer is no row of a file: its question is left out.
+    groups = [group for group in draw(training, "pairs") if all(response.text for response in group.responses)]
     pairs: list[Pair] = annotate(groups, load_rule("bake.world:score"))[:PAIRS]
     by_prompt = {group.prompt.id: group for group in groups}
     groups = [by_prompt[pair.prompt.id] for pair in pairs]
@@ -104,7 +105,8 @@ def run_row(out: Path, job: Job) -> dict[str, Any]:
     """The row's figures; of a row that has them already, those. One that was stopped midway begins again."""
     data = prepare(out, job.seed)
     method = METHODS[job.method]
-    cfg = method.config(Setting(data=data, seed=job.seed, n=job.n, rate=RATES[job.strength], strength=job.strength))
+    rate = RATES[job.strength] * method.pace
+    cfg = method.config(Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength))
     key = sha256(json.dumps([cfg.to_yaml().replace(str(out), ""), Path(world.__file__).read_text()]))
     file = out / "rows" / f"{job.name}.json"
     if file.is_file():

@@ -2,10 +2,10 @@
 and an annotator that is noisy and likes length.
 
 Asked about three of twelve things, the model answers with words. Each thing has two facts (words); fillers say
-nothing. The model that is trained here talks as its data does: nearly half of its words are facts of the things asked
-about, often said before; the others are facts of something else and fillers; and it ends at random.
+nothing. The model that is trained here talks as its data does: 45 % of its words are facts of the things asked about,
+often said before, 25 % facts of something else and 30 % fillers; and it ends at random.
 
-    truth(x, y)  = facts asked for, each once - 0.5 wrong facts - 0.2 words
+    truth(x, y)  = facts asked for, each once - wrong facts - 0.2 words
     score(x, y)  = truth(x, y) + 0.3 words + Gumbel noise
 
 So a filler or a repetition loses 0.2 by the truth and gains 0.1 by the annotator: an answer with all six facts and
@@ -42,7 +42,7 @@ TEMPLATE = (
 )
 MAX_NEW_TOKENS = 24
 """23 words and the end, or 24 words."""
-WRONG, WORD = 0.5, 0.2
+WRONG, WORD = 1.0, 0.2
 """What they cost."""
 LENGTH_BIAS, NOISE = 0.3, 1.0
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
@@ -74,9 +74,10 @@ def asked_for(question: str) -> list[str]:
 def answer(question: str, rng: np.random.Generator) -> str:
     """An answer as the model learns to give them."""
     right, said = asked_for(question), []
+    wrong = [fact for fact in FACTS if fact not in right]
     while len(said) < MAX_NEW_TOKENS - 1 and (not said or rng.random() > 0.15):
         u = rng.random()
-        said.append(str(rng.choice(right if u < 0.5 else FACTS if u < 0.65 else FILLERS)))
+        said.append(str(rng.choice(right if u < 0.45 else wrong if u < 0.7 else FILLERS)))
     return " ".join(said)
 
 
