@@ -39,6 +39,14 @@ LIKE = "oaif-dpo"
 FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
+SMALL = {"n": 480, "seeds": 3, "strengths": [1, 2], "methods": ["dpo", "oaif-dpo", "dice", "dice-no-length"],
+         "no_equal_tokens": True}  # fmt: skip
+STRONGEST = (
+    ("OAIF: online beats offline (DPO)", "best true reward of the strengths"),
+    ("DICE: the length term keeps answers short", "words saved at equal KL"),
+)
+"""Claim and figure whose mean difference is above 0 in the small version too."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,9 +56,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--strengths", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-equal-tokens", action="store_true", help="leave the second comparison out")
+    parser.add_argument("--small", action="store_true", help="what CI runs: the machinery and the strongest effects")
     parser.add_argument("--processes", type=int, default=2, help="rows at once, of one thread each")
     parser.add_argument("--docs", type=Path, help="a Markdown page whose generated part is written, with its plot")
     args = parser.parse_args()
+    if args.small:
+        vars(args).update(SMALL)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: they import torch
     args.out.mkdir(parents=True, exist_ok=True)
     found = compare(args)
@@ -61,7 +72,10 @@ def main() -> None:
         from bake.page import write_page
 
         write_page(args.docs, found, *(runs_of(found, part) for part in ("rows", "rows_at_equal_tokens")))
-    print(json.dumps({name: found[name] for name in ("kl", "methods", "equal_tokens", "claims", "seeds", "n")}))
+    last = {name: found[name] for name in ("kl", "methods", "equal_tokens", "claims", "seeds", "n")}
+    if args.small:
+        last["strongest"] = strongest(found["claims"])
+    print(json.dumps(last))
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,6 +114,13 @@ def rows_of(args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str
     every(pool, reward_model_of, [(args.out, seed, n) for n in judged_by for seed in seeds])
     jobs = [(args.out, name, seed, i, n) for seed in seeds for name, n in sizes.items() for i in args.strengths]
     return every(pool, row_of, jobs)
+
+
+def strongest(claims: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """Whether the strongest effects have the sign that they have in the whole comparison."""
+    means = {(one["claim"], one["figure"]): one["difference"] for one in claims}
+    return {f"{claim}: {figure}": bool(found and found[0] > 0) for claim, figure in STRONGEST
+            for found in [means.get((claim, figure))]}  # fmt: skip
 
 
 def runs_of(found: dict[str, Any], part: str) -> dict[str, Runs]:

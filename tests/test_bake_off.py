@@ -1,10 +1,14 @@
 """The bake-off (benchmarks/bake_off.py): its world and figures in closed form, and a small version of the whole."""
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +50,7 @@ def test_truth_counts_facts_once_and_charges_for_words(world):
     wrong = next(fact for fact in world.FACTS if fact not in world.asked_for("describe apple lantern river"))
     assert reward(green) == pytest.approx(0.8)
     assert reward(f"{green} {green} well") == pytest.approx(1 - 0.6)
-    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 1 - 0.6)
+    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 0.75 - 0.6)
     assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.8)
 
 
@@ -54,7 +58,7 @@ def test_padding_pays_with_the_annotator_and_loses_by_the_truth(world):
     prompt = Prompt.of("describe apple lantern river")
     short, long = Response(text="green"), Response(text="green" + " well" * 20)
     assert world.truth(prompt, long) - world.truth(prompt, short) == pytest.approx(-0.2 * 20)
-    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.1 * 20)
+    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.05 * 20)
 
 
 def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
@@ -63,8 +67,8 @@ def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
         world.score(prompt, Response(text=f"green cheap unknown{i}")) > world.score(prompt, Response(text=f"green {i}"))
         for i in range(4000)
     ]
-    # One fact more and one word more: 1.1 by what the annotator likes. Four standard errors.
-    expected = 1 / (1 + math.exp(-1.1))
+    # One fact more and one word more: 1.05 by what the annotator likes. Four standard errors.
+    expected = 1 / (1 + math.exp(-1.05))
     assert abs(np.mean(won) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(won))
 
 
@@ -97,3 +101,29 @@ def test_claims_are_paired_over_seeds(claims, figures):
     assert online["best true reward of the strengths"]["difference"] == [0.2, 0.2, 0.2]
     assert online["true reward at equal KL"]["difference"][0] == pytest.approx(0.2 * 2 / 3, abs=1e-3)
     assert {line["verdict"] for line in online.values()} == {"shows"}
+
+
+def small(out: Path) -> dict[str, Any]:
+    """The last line of the small version, as JSON."""
+    done = subprocess.run([sys.executable, str(FOLDER / "bake_off.py"), "--small", "--out", str(out)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_small_bake_off_shows_the_strongest_effects_and_can_be_run_again(tmp_path):
+    found = small(tmp_path / "bake")
+    assert found["strongest"] and all(found["strongest"].values()), found["strongest"]
+    for one in found["methods"].values():
+        assert {"true_reward_at_kl", "kl", "label_calls", "tokens_sampled", "seconds"} <= one.keys()
+    rows = sorted((tmp_path / "bake" / "rows").iterdir())
+    kept = rows[0].read_text()
+    rows[0].unlink()
+    again = small(tmp_path / "bake")
+    for figures in (found, again):
+        for one in figures["methods"].values():
+            del one["seconds"]
+    assert again == found
+    before, after = json.loads(kept), json.loads(rows[0].read_text())
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}

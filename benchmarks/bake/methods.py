@@ -176,7 +176,7 @@ def reward_model(s: Setting) -> RewardModelConfig:
 
 
 def reinforced(s: Setting) -> dict[str, Any]:
-    """Options of PPO: the reward model is free, so it samples four times as many answers as there are labels."""
+    """Options of PPO: the reward model is free, so it samples twice as many answers as there are labels."""
     return {
         "annotator": f"reward-model:{s.data / f'reward-model-{s.n}' / 'model'}",
         "ppo": Ppo(epochs=2, value_learning_rate=1e-3),
@@ -184,13 +184,13 @@ def reinforced(s: Setting) -> dict[str, Any]:
 
 
 def ppo(s: Setting) -> PpoConfig:
-    return PpoConfig(**s.common, **s.prompts(), **reinforced(s), train=s.train(s.steps, batch=4 * BATCH))
+    return PpoConfig(**s.common, **s.prompts(), **reinforced(s), train=s.train(s.steps, batch=2 * BATCH))
 
 
 def mpo(s: Setting) -> MpoConfig:
     pairs = {"pairs": str(s.data / f"reward-model-{s.n}" / "cross-fit" / "pairs.jsonl")}
     return MpoConfig(**s.common, **(s.pairs() | pairs), **reinforced(s), easy=Easy(train=s.train(0.65 * s.steps)),
-                     train=s.train(0.65 * s.steps, batch=4 * BATCH))  # fmt: skip
+                     train=s.train(0.65 * s.steps, batch=2 * BATCH))  # fmt: skip
 
 
 def scored(s: Setting) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 and an annotator that is noisy and likes length.
 
 Asked about three of twelve things, the model answers with words. Each thing has two facts (words); fillers say
-nothing. The model that is trained here talks as its data does: 45 % of its words are facts of the things asked about,
-often said before, 25 % facts of something else and 30 % fillers; and it ends at random.
+nothing. The model that is trained here talks as its data does: 55 % of its words are facts of the things asked about,
+often said before, 15 % facts of something else and 30 % fillers; and it ends at random.
 
-    truth(x, y)  = facts asked for, each once - wrong facts - 0.2 words
-    score(x, y)  = truth(x, y) + 0.3 words + Gumbel noise
+    truth(x, y)  = facts asked for, each once - 0.75 wrong facts - 0.2 words
+    score(x, y)  = truth(x, y) + 0.25 words + Gumbel noise
 
-So a filler or a repetition loses 0.2 by the truth and gains 0.1 by the annotator: an answer with all six facts and
+So a filler or a repetition loses 0.2 by the truth and gains 0.05 by the annotator: an answer with all six facts and
 nothing else is the best there is (4.8 where they differ), and an annotator is pleased most by one that goes on to the
 limit (1.2).
 The difference of two Gumbel variables is logistic, so the higher of two scores wins with the Bradley-Terry probability
@@ -42,9 +42,9 @@ TEMPLATE = (
 )
 MAX_NEW_TOKENS = 24
 """23 words and the end, or 24 words."""
-WRONG, WORD = 1.0, 0.2
+WRONG, WORD = 0.75, 0.2
 """What they cost."""
-LENGTH_BIAS, NOISE = 0.3, 1.0
+LENGTH_BIAS, NOISE = 0.25, 1.0
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
 
 
@@ -77,7 +77,7 @@ def answer(question: str, rng: np.random.Generator) -> str:
     wrong = [fact for fact in FACTS if fact not in right]
     while len(said) < MAX_NEW_TOKENS - 1 and (not said or rng.random() > 0.15):
         u = rng.random()
-        said.append(str(rng.choice(right if u < 0.45 else wrong if u < 0.7 else FILLERS)))
+        said.append(str(rng.choice(right if u < 0.55 else wrong if u < 0.7 else FILLERS)))
     return " ".join(said)
 
 
@@ -106,7 +106,7 @@ def score(prompt: Prompt, response: Response) -> float:
     return expected_score(prompt, response) - NOISE * math.log(-math.log(u))
 
 
-def start_model(folder: Path, *, seed: int, steps: int = 600, batch: int = 64) -> Path:
+def start_model(folder: Path, *, seed: int, steps: int = 350, batch: int = 64) -> Path:
     """Train the model by next-token prediction, and write it as an ordinary transformers folder; one that is there is
     taken as it is.
     """
@@ -122,7 +122,7 @@ def start_model(folder: Path, *, seed: int, steps: int = 600, batch: int = 64) -
     ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, **ids,
+        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1, **ids,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
