@@ -48,17 +48,17 @@ def test_truth_counts_facts_once_and_charges_for_words(world):
 
     green, cheap = world.FACTS_OF["apple"]
     wrong = next(fact for fact in world.FACTS if fact not in world.asked_for("describe apple lantern river"))
-    assert reward(green) == pytest.approx(0.8)
-    assert reward(f"{green} {green} well") == pytest.approx(1 - 0.6)
-    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 0.75 - 0.6)
-    assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.8)
+    assert reward(green) == pytest.approx(0.85)
+    assert reward(f"{green} {green} well") == pytest.approx(1 - 0.45)
+    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 0.75 - 0.45)
+    assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.85)
 
 
 def test_padding_pays_with_the_annotator_and_loses_by_the_truth(world):
     prompt = Prompt.of("describe apple lantern river")
     short, long = Response(text="green"), Response(text="green" + " well" * 20)
-    assert world.truth(prompt, long) - world.truth(prompt, short) == pytest.approx(-0.2 * 20)
-    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.05 * 20)
+    assert world.truth(prompt, long) - world.truth(prompt, short) == pytest.approx(-0.15 * 20)
+    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.1 * 20)
 
 
 def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
@@ -67,8 +67,8 @@ def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
         world.score(prompt, Response(text=f"green cheap unknown{i}")) > world.score(prompt, Response(text=f"green {i}"))
         for i in range(4000)
     ]
-    # One fact more and one word more: 1.05 by what the annotator likes. Four standard errors.
-    expected = 1 / (1 + math.exp(-1.05))
+    # One fact more and one word more: 1.1 by what the annotator likes. Four standard errors.
+    expected = 1 / (1 + math.exp(-1.1))
     assert abs(np.mean(won) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(won))
 
 
@@ -77,7 +77,7 @@ def test_answers_end_within_the_limit(world):
     lengths = [len(world.answer(asked, rng).split()) for _ in range(3000)]
     assert max(lengths) <= world.MAX_NEW_TOKENS - 1
     # Geometric, cut at 23 words.
-    assert np.mean(lengths) == pytest.approx((1 - 0.85**23) / 0.15, abs=4 * 6.1 / math.sqrt(3000))
+    assert np.mean(lengths) == pytest.approx((1 - 0.7**23) / 0.3, abs=4 * 2.8 / math.sqrt(3000))
 
 
 def test_reward_at_a_kl_is_straight_over_its_root(figures):

@@ -13,7 +13,7 @@ from intervals import interval
 
 Row = Mapping[str, Any]
 
-KL = 2.0
+KL = 1.0
 """Nats an answer at which methods are compared."""
 COSTS = {"tokens_trained": 1.0, "tokens_sampled": 3.0, "tokens_scored": 0.3}
 """Seconds a token, relative to a token that is trained on, as `--measure` found them (docs/comparison.md)."""

@@ -199,7 +199,7 @@ def scored(s: Setting) -> dict[str, Any]:
 
 CONDITION = Condition(template="{input} reward {reward}", decimals=0, target=2.0)
 
-RATES = (2e-4, 5e-4, 1.2e-3)
+RATES = (1e-4, 3e-4, 8e-4)
 """Learning rates: the three strengths of every row (but ExPO's, whose strength is alpha)."""
 
 METHODS: dict[str, Method] = {

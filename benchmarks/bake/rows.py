@@ -58,12 +58,9 @@ def prepare(out: Path, seed: int) -> Path:
     asked = [Prompt.of(text) for text in world.questions(PAIRS * 11 // 10 + HELD_OUT + WATCHED, "seed", seed)]
     held_out, watched, training = asked[:HELD_OUT], asked[HELD_OUT : HELD_OUT + WATCHED], asked[HELD_OUT + WATCHED :]
 
-    def draw(prompts: Sequence[Prompt], name: str) -> list[Group]:
-        return sample(start, prompts, k=2, sampling=SAMPLING, seed=seed + 1000 * len(name), compute=COMPUTE,
-                      engine="transformers")  # fmt: skip
-
+    drawn = sample(start, training, k=2, sampling=SAMPLING, seed=seed, compute=COMPUTE, engine="transformers")
     # An empty answer is no row of a file: its question is left out.
-    groups = [group for group in draw(training, "pairs") if all(response.text for response in group.responses)]
+    groups = [group for group in drawn if all(response.text for response in group.responses)]
     pairs: list[Pair] = annotate(groups, load_rule("bake.world:score"))[:PAIRS]
     by_prompt = {group.prompt.id: group for group in groups}
     groups = [by_prompt[pair.prompt.id] for pair in pairs]
@@ -71,9 +68,9 @@ def prepare(out: Path, seed: int) -> Path:
     _write(data / "answers.jsonl", groups)
     _write(data / "prompts.jsonl", [pair.prompt for pair in pairs])
     _write(data / "watched.jsonl", watched)
-    _write(
-        data / "watched_pairs.jsonl", [_texts(pair) for pair in annotate(draw(watched, "watch"), load_rule("short"))]
-    )
+    best = [(prompt.messages[-1].content, world.best_answer(prompt.messages[-1].content)) for prompt in watched]
+    rows = [{"prompt": asked, "chosen": said, "rejected": "well"} for asked, said in best]
+    _write(data / "watched_pairs.jsonl", rows)
     _write(data / "held_out.jsonl", held_out)
     _write(data / "start_answers.jsonl", answers_of(start, held_out, seed))
     tokens = [sum(response.length_tokens for response in group.responses) for group in groups]

@@ -5,12 +5,12 @@ Asked about three of twelve things, the model answers with words. Each thing has
 nothing. The model that is trained here talks as its data does: 55 % of its words are facts of the things asked about,
 often said before, 15 % facts of something else and 30 % fillers; and it ends at random.
 
-    truth(x, y)  = facts asked for, each once - 0.75 wrong facts - 0.2 words
+    truth(x, y)  = facts asked for, each once - 0.75 wrong facts - 0.15 words
     score(x, y)  = truth(x, y) + 0.25 words + Gumbel noise
 
-So a filler or a repetition loses 0.2 by the truth and gains 0.05 by the annotator: an answer with all six facts and
-nothing else is the best there is (4.8 where they differ), and an annotator is pleased most by one that goes on to the
-limit (1.2).
+So a filler or a repetition loses 0.15 by the truth and gains 0.1 by the annotator: an answer with all six facts and
+nothing else is the best there is (5.1 where they differ), and an annotator is pleased most by one that goes on to the
+limit (2.4).
 The difference of two Gumbel variables is logistic, so the higher of two scores wins with the Bradley-Terry probability
 of their differences: one function is the annotator of pairs, of single answers, and of soft labels. Its noise is drawn
 by a hash of question and answer: who asks again gets the same answer, as of a judge at temperature 0.
@@ -42,7 +42,7 @@ TEMPLATE = (
 )
 MAX_NEW_TOKENS = 24
 """23 words and the end, or 24 words."""
-WRONG, WORD = 0.75, 0.2
+WRONG, WORD = 0.75, 0.15
 """What they cost."""
 LENGTH_BIAS, NOISE = 0.25, 1.0
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
@@ -75,7 +75,7 @@ def answer(question: str, rng: np.random.Generator) -> str:
     """An answer as the model learns to give them."""
     right, said = asked_for(question), []
     wrong = [fact for fact in FACTS if fact not in right]
-    while len(said) < MAX_NEW_TOKENS - 1 and (not said or rng.random() > 0.15):
+    while len(said) < MAX_NEW_TOKENS - 1 and (not said or rng.random() > 0.3):
         u = rng.random()
         said.append(str(rng.choice(right if u < 0.55 else wrong if u < 0.7 else FILLERS)))
     return " ".join(said)
