@@ -29,10 +29,7 @@ from typing import Any
 from bake.claims import judged
 from bake.figures import KL, MIDDLE, Runs, cost, summary
 
-EQUAL_TOKENS = (
-    "dpo", "iterative-5", "oaif-dpo", "dice", "sail-pr", "bpo-2", "bpo-5", "optune-1", "optune-half", "osp", "ppo",
-    "mpo", "ca",
-)  # fmt: skip
+EQUAL_TOKENS = ("dpo", "oaif-dpo", "iterative-5", "bpo-5", "dice", "optune-half", "osp", "ppo", "ca")
 """Rows of the second comparison."""
 LIKE = "oaif-dpo"
 """The row whose cost all others get."""

@@ -50,7 +50,7 @@ def test_truth_counts_facts_once_and_charges_for_words(world):
     wrong = next(fact for fact in world.FACTS if fact not in world.asked_for("describe apple lantern river"))
     assert reward(green) == pytest.approx(0.85)
     assert reward(f"{green} {green} well") == pytest.approx(1 - 0.45)
-    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 0.75 - 0.45)
+    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 1.25 - 0.45)
     assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.85)
 
 
@@ -58,7 +58,7 @@ def test_padding_pays_with_the_annotator_and_loses_by_the_truth(world):
     prompt = Prompt.of("describe apple lantern river")
     short, long = Response(text="green"), Response(text="green" + " well" * 20)
     assert world.truth(prompt, long) - world.truth(prompt, short) == pytest.approx(-0.15 * 20)
-    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.1 * 20)
+    assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.05 * 20)
 
 
 def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
@@ -67,8 +67,8 @@ def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
         world.score(prompt, Response(text=f"green cheap unknown{i}")) > world.score(prompt, Response(text=f"green {i}"))
         for i in range(4000)
     ]
-    # One fact more and one word more: 1.1 by what the annotator likes. Four standard errors.
-    expected = 1 / (1 + math.exp(-1.1))
+    # One fact more and one word more: 1.05 by what the annotator likes. Four standard errors.
+    expected = 1 / (1 + math.exp(-1.05))
     assert abs(np.mean(won) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(won))
 
 
@@ -99,7 +99,9 @@ def test_claims_are_paired_over_seeds(claims, figures):
     lines = claims.judged({"oaif-dpo": runs(0.5), "dpo": runs(0.3)})
     online = {line["figure"]: line for line in lines if line["claim"].startswith("OAIF")}
     assert online["best true reward of the strengths"]["difference"] == [0.2, 0.2, 0.2]
-    assert online["true reward at equal KL"]["difference"][0] == pytest.approx(0.2 * 2 / 3, abs=1e-3)
+    assert online["true reward at equal KL"]["difference"][0] == pytest.approx(
+        0.2 * math.sqrt(figures.KL) / 3, abs=1e-3
+    )
     assert {line["verdict"] for line in online.values()} == {"shows"}
 
 

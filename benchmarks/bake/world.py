@@ -5,10 +5,10 @@ Asked about three of twelve things, the model answers with words. Each thing has
 nothing. The model that is trained here talks as its data does: 55 % of its words are facts of the things asked about,
 often said before, 15 % facts of something else and 30 % fillers; and it ends at random.
 
-    truth(x, y)  = facts asked for, each once - 0.75 wrong facts - 0.15 words
-    score(x, y)  = truth(x, y) + 0.25 words + Gumbel noise
+    truth(x, y)  = facts asked for, each once - 1.25 wrong facts - 0.15 words
+    score(x, y)  = truth(x, y) + 0.2 words + Gumbel noise
 
-So a filler or a repetition loses 0.15 by the truth and gains 0.1 by the annotator: an answer with all six facts and
+So a filler or a repetition loses 0.15 by the truth and gains 0.05 by the annotator: an answer with all six facts and
 nothing else is the best there is (5.1 where they differ), and an annotator is pleased most by one that goes on to the
 limit (2.4).
 The difference of two Gumbel variables is logistic, so the higher of two scores wins with the Bradley-Terry probability
@@ -42,9 +42,9 @@ TEMPLATE = (
 )
 MAX_NEW_TOKENS = 24
 """23 words and the end, or 24 words."""
-WRONG, WORD = 0.75, 0.15
+WRONG, WORD = 1.25, 0.15
 """What they cost."""
-LENGTH_BIAS, NOISE = 0.25, 1.0
+LENGTH_BIAS, NOISE = 0.2, 1.0
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
 
 
