@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-equal-tokens", action="store_true", help="leave the second comparison out")
     parser.add_argument("--small", action="store_true", help="what CI runs: the machinery and the strongest effects")
+    parser.add_argument("--measure", action="store_true", help="only measure what a token costs (bake.figures.COSTS)")
     parser.add_argument("--processes", type=int, default=2, help="rows at once, of one thread each")
     parser.add_argument("--docs", type=Path, help="a Markdown page whose generated part is written, with its plot")
     args = parser.parse_args()
@@ -61,6 +62,11 @@ def main() -> None:
         vars(args).update(SMALL)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: they import torch
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.measure:
+        from bake.rows import measure, prepare
+
+        print(json.dumps(measure(prepare(args.out, 0))))
+        return
     found = compare(args)
     for line in found["claims"]:
         print(f"{line['claim']}: {line['figure']}: {line['difference']}: {line['verdict']}")

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 KL = 1.0
 """Nats an answer at which methods are compared."""
-COSTS = {"tokens_trained": 1.0, "tokens_sampled": 3.0, "tokens_scored": 0.3}
+COSTS = {"tokens_trained": 1.0, "tokens_sampled": 2.6, "tokens_scored": 0.4}
 """Seconds a token, relative to a token that is trained on, as `--measure` found them (docs/comparison.md)."""
 MIDDLE = 1
 """The strength whose costs are shown."""

@@ -230,8 +230,8 @@ def sanity(data: Path, seed: int) -> dict[str, Any]:
 
 
 def measure(data: Path) -> dict[str, float]:
-    """Seconds of a token, relative to one that is trained on: what `bake.figures.COSTS` was set by. Rests are from DPO
-    (trained, scored) and from sampling at the batch size of an online step.
+    """Seconds of a token, relative to one that is trained on: what `bake.figures.COSTS` was set by: steps of DPO
+    on fresh answers, as an online method takes them.
     """
     from prefloop.train.learner import Learner
     from prefloop.train.losses import parse_loss
