@@ -100,7 +100,8 @@ def judged(methods: Mapping[str, Runs]) -> list[dict[str, Any]]:
             found = interval(values) if len(values) > 1 else None
             lines.append(
                 {"claim": claim.said, "ours": claim.ours, "theirs": claim.theirs, "figure": said, "difference": found,
-                 "seeds": len(values), "verdict": verdict(found, claim.margin)}
+                 "seeds": len(values), "by_seed": [round(value, 4) for value in values],
+                 "verdict": verdict(found, claim.margin)}
             )  # fmt: skip
     if {"optune-1", "optune-half"} <= methods.keys():
         lines.append(saving(methods["optune-1"], methods["optune-half"]))
@@ -118,4 +119,5 @@ def saving(full: Runs, half: Runs) -> dict[str, Any]:
     shows = found is not None and found[2] >= PUBLISHED[0]
     return {"claim": "OPTune: 1.27 to 1.56 times less work", "ours": "optune-half", "theirs": "optune-1",
             "figure": "weighted tokens, times less", "difference": found, "seeds": len(ratios),
+            "by_seed": [round(ratio, 4) for ratio in ratios],
             "verdict": "shows" if shows else "does not show"}  # fmt: skip
