@@ -50,7 +50,8 @@ def test_truth_counts_facts_once_and_charges_for_words(world):
     wrong = next(fact for fact in world.FACTS if fact not in world.asked_for("describe apple lantern river"))
     assert reward(green) == pytest.approx(0.85)
     assert reward(f"{green} {green} well") == pytest.approx(1 - 0.45)
-    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 1.25 - 0.45)
+    assert reward(f"{green} {cheap} {wrong}") == pytest.approx(2 - 1 - 0.45)
+    assert reward("") == -1
     assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.85)
 
 
@@ -68,7 +69,7 @@ def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
         for i in range(4000)
     ]
     # One fact more and one word more: 1.05 by what the annotator likes. Four standard errors.
-    expected = 1 / (1 + math.exp(-1.05))
+    expected = 1 / (1 + math.exp(-1.05 / 0.5))
     assert abs(np.mean(won) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(won))
 
 

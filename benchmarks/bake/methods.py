@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bake.world import MAX_NEW_TOKENS
+from bake.world import MAX_NEW_TOKENS, NOISE
 from prefloop.config import Config
 from prefloop.data.condition import Condition
 from prefloop.feedback.options import Feedback
@@ -157,9 +157,10 @@ def optune(s: Setting, regenerate: float) -> OptuneConfig:
 
 
 def osp(s: Setting, labels: str) -> OspConfig:
-    """Three rounds, 3 comparisons a question. A difference of noisy scores says half as much as one without noise."""
-    return OspConfig(**s.common, **s.prompts(), annotator=JUDGE, feedback=Feedback(labels=labels, scale=2.0), rounds=3,
-                     n=4, prompts_per_round=s.n // 9, pairing="best_vs_rest", train=s.train(s.steps / 3))  # fmt: skip
+    """Three rounds, 3 comparisons a question. The scale is twice the noise's: a seen difference has it in it."""
+    feedback = Feedback(labels=labels, scale=2 * NOISE)
+    return OspConfig(**s.common, **s.prompts(), annotator=JUDGE, feedback=feedback, rounds=3, n=4,
+                     prompts_per_round=s.n // 9, pairing="best_vs_rest", train=s.train(s.steps / 3))  # fmt: skip
 
 
 def expo(s: Setting, share: float, alphas: tuple[float, float, float]) -> ExpoConfig:

@@ -2,18 +2,18 @@
 and an annotator that is noisy and likes length.
 
 Asked about three of twelve things, the model answers with words. Each thing has two facts (words); fillers say
-nothing. The model that is trained here talks as its data does: 55 % of its words are facts of the things asked about,
-often said before, 15 % facts of something else and 30 % fillers; and it ends at random.
+nothing. The model that is trained here talks as its data does: half of its words are facts of the things asked about,
+often said before, a quarter facts of something else and a quarter fillers; and it ends at random.
 
-    truth(x, y)  = facts asked for, each once - 1.25 wrong facts - 0.15 words
-    score(x, y)  = truth(x, y) + 0.2 words + Gumbel noise
+    truth(x, y)  = facts asked for, each once - wrong facts - 0.15 words         (-1 for no word at all)
+    score(x, y)  = truth(x, y) + 0.2 words + 0.5 Gumbel noise
 
 So a filler or a repetition loses 0.15 by the truth and gains 0.05 by the annotator: an answer with all six facts and
 nothing else is the best there is (5.1 where they differ), and an annotator is pleased most by one that goes on to the
 limit (2.4).
 The difference of two Gumbel variables is logistic, so the higher of two scores wins with the Bradley-Terry probability
-of their differences: one function is the annotator of pairs, of single answers, and of soft labels. Its noise is drawn
-by a hash of question and answer: who asks again gets the same answer, as of a judge at temperature 0.
+of twice their difference: one function is the annotator of pairs, of single answers, and of soft labels. Its noise is
+drawn by a hash of question and answer: who asks again gets the same answer, as of a judge at temperature 0.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ TEMPLATE = (
 )
 MAX_NEW_TOKENS = 24
 """23 words and the end, or 24 words."""
-WRONG, WORD = 1.25, 0.15
+WRONG, WORD, SILENCE = 1.0, 0.15, 1.0
 """What they cost."""
-LENGTH_BIAS, NOISE = 0.2, 1.0
+LENGTH_BIAS, NOISE = 0.2, 0.5
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
 
 
@@ -77,7 +77,7 @@ def answer(question: str, rng: np.random.Generator) -> str:
     wrong = [fact for fact in FACTS if fact not in right]
     while len(said) < MAX_NEW_TOKENS - 1 and (not said or rng.random() > 0.3):
         u = rng.random()
-        said.append(str(rng.choice(right if u < 0.55 else wrong if u < 0.7 else FILLERS)))
+        said.append(str(rng.choice(right if u < 0.5 else wrong if u < 0.75 else FILLERS)))
     return " ".join(said)
 
 
@@ -91,7 +91,8 @@ def truth(prompt: Prompt, response: Response) -> float:
     words = response.text.split()
     right = set(asked_for(prompt.messages[-1].content))
     wrong = sum(word in FACTS and word not in right for word in words)
-    return len(right.intersection(words)) - WRONG * wrong - WORD * len(words)
+    said = len(right.intersection(words)) - WRONG * wrong - WORD * len(words)
+    return said if words else -SILENCE
 
 
 def expected_score(prompt: Prompt, response: Response) -> float:
