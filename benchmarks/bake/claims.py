@@ -69,6 +69,7 @@ CLAIMS = (
     Claim("MPO: over PPO alone", "mpo", "ppo"),
     Claim("CA over FA", "ca", "fa"),
     Claim("CA over RWR", "ca", "rwr"),
+    Claim("CA over FA, four passes each", "ca-4", "fa-4"),
     Claim("SAIL (DP) over DPO", "sail-dp", "dpo"),
     Claim("SAIL (PP) over DPO", "sail-pp", "dpo"),
     Claim("SAIL (PR) over plain online DPO", "sail-pr", "oaif-dpo"),

@@ -195,8 +195,9 @@ def mpo(s: Setting) -> MpoConfig:
                      train=s.train(0.65 * s.steps))  # fmt: skip
 
 
-def scored(s: Setting) -> dict[str, Any]:
-    return s.common | s.answers() | {"reward": JUDGE, "train": s.train(s.steps)}
+def scored(s: Setting, passes: int = 1) -> dict[str, Any]:
+    """Options of the supervised methods: so many passes over n scored answers."""
+    return s.common | s.answers() | {"reward": JUDGE, "train": s.train(passes * s.steps)}
 
 
 CONDITION = Condition(template="{input} reward {reward}", decimals=0, target=2.0)
@@ -237,4 +238,8 @@ METHODS: dict[str, Method] = {
     "fa": Method("FA", "fa", lambda s: FaConfig(**scored(s)), "answers", pace=10),
     "rwr": Method("RWR", "rwr", lambda s: RwrConfig(**scored(s)), "answers", pace=10),
     "ca": Method("CA", "ca", lambda s: CaConfig(**scored(s), condition=CONDITION), "answers", pace=10),
+    "fa-4": Method("FA, four passes", "fa", lambda s: FaConfig(**scored(s, 4)), "answers", pace=10),
+    "ca-4": Method(
+        "CA, four passes", "ca", lambda s: CaConfig(**scored(s, 4), condition=CONDITION), "answers", pace=10
+    ),
 }

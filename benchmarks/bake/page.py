@@ -16,7 +16,7 @@ ADVICE: dict[str, tuple[str, ...]] = {
         "sail-pr",
     ),
     "a costly judge (labels once, before training)": ("dpo", "ipo", "slic", "dice", "sail-dp", "expo", "ppo", "mpo"),
-    "an annotator that scores": ("optune-1", "optune-half", "fa", "rwr", "ca", "osp"),
+    "an annotator that scores": ("optune-1", "optune-half", "fa", "rwr", "ca", "ca-4", "osp"),
     "a reward model": ("ppo", "mpo"),
     "little compute": ("dpo", "ipo", "slic", "expo", "expo-part", "fa", "rwr", "ca"),
 }  # fmt: skip
