@@ -23,7 +23,7 @@ ADVICE: dict[str, tuple[str, ...]] = {
 """What a user has -> the rows to choose among."""
 GROUPS = {
     "offline": ("dpo", "expo-part", "dice", "sail-dp", "ca"),
-    "online": ("oaif-dpo", "iterative-5", "bpo-5", "sail-pr", "optune-half", "osp"),
+    "online": ("oaif-dpo", "oaif-ipo", "iterative-5", "bpo-5", "sail-pr", "optune-half", "osp"),
     "by reinforcement learning": ("dpo", "oaif-dpo", "ppo", "mpo"),
 }
 """Panels of the plot."""
@@ -155,7 +155,8 @@ def plot(file: Path, methods: Mapping[str, Runs], kl: float) -> None:
             axis.fill_between(x, low, high, alpha=0.15)
         axis.axvline(kl, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="KL from the start model, nats an answer")
-        axis.legend(frameon=False, fontsize=8)
+        if axis.lines[1:]:
+            axis.legend(frameon=False, fontsize=8)
     axes[0].set(ylabel="true reward")
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
