@@ -43,8 +43,8 @@ def generated(found: Mapping[str, Any], first: Mapping[str, Runs], second: Mappi
     parts = [
         "## What can be had", sanity_table(found),
         f"## Equal label calls\n\n{found['n']} label calls, {found['seeds']} seeds; true reward and length at {kl} "
-        "nats from the start model (in brackets: 95 % over seeds). Costs are those of the middle strength; a run costs "
-        "its tokens, each weighted by what one takes, in millions of tokens trained on.",
+        "nats from the start model (in brackets: 95 % over seeds). Costs are those of the middle strength; a run's "
+        "cost is its tokens, weighted by what one of each kind takes, in tokens trained on.",
         methods_table(found["methods"], found["said"]),
         "![Reward against KL divergence](comparison.svg)",
         "## Claims\n\nPaired differences over seeds, at equal label calls.",
@@ -95,7 +95,7 @@ def methods_table(methods: Mapping[str, Any], said: Mapping[str, str]) -> str:
         [said[name], cell(one["true_reward_at_kl"]) + of_seeds(one["reached"], one["seeds"]),
          cell(one["best_true_reward"]), cell(one["win_rate_at_kl"]), cell(one["words_at_kl"], 1),
          ", ".join(f"{kl:.1f}" for kl in one["kl"]), str(one["label_calls"]), f"{one['tokens_sampled'] / 1000:.1f} k",
-         f"{one['cost'] / 1e6:.2f} M", f"{one['seconds']:.1f}"]
+         f"{one['cost'] / 1000:.0f} k", f"{one['seconds']:.1f}"]
         for name, one in methods.items()
     ]  # fmt: skip
     return table(head, rows)
