@@ -95,13 +95,9 @@ class Setting:
             temporary.replace(file)
         return str(file)
 
-    @property
-    def reward_model(self) -> "Setting":
-        """The setting in which the row's reward model was trained: not the row's strength."""
-        return replace(self, rate=REWARD_RATE, strength=0)
-
 
 REWARD_RATE = 1e-3
+"""The learning rate of reward models, whatever the strength of the row that uses one."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from bake import world
-from bake.methods import COMPUTE, METHODS, RATES, SAMPLING, Setting, reward_model
+from bake.methods import COMPUTE, METHODS, RATES, REWARD_RATE, SAMPLING, Setting, reward_model
 from bake.tally import counted
 from prefloop.atomic import write_atomically
 from prefloop.cli import COMMANDS
@@ -30,6 +30,7 @@ PAIRS = 1920
 """Offline pairs of a seed; a row takes the first n."""
 HELD_OUT, PER_PROMPT = 512, 2
 """Questions that every model is looked at with, and its answers to each."""
+WORLD = sha256(Path(world.__file__).read_text())
 WATCHED = 8
 """Questions that recipes want to look at models with; nothing depends on them."""
 
@@ -49,11 +50,14 @@ class Job:
 
 
 def prepare(out: Path, seed: int) -> Path:
-    """The seed's folder: start model, questions, pairs and answers of the start model. What is there is taken."""
+    """The seed's folder: start model, questions, pairs and answers of the start model. What is there of this world is
+    taken, what is there of another one is made anew.
+    """
     data = out / "data" / f"seed-{seed}"
-    if (data / "inputs.json").is_file():
+    if (data / "inputs.json").is_file() and json.loads((data / "inputs.json").read_text())["world"] == WORLD:
         return data
-    data.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
     start = ModelRef.of(world.start_model(data / "start", seed=seed), name="start")
     asked = [Prompt.of(text) for text in world.questions(PAIRS * 11 // 10 + HELD_OUT + WATCHED, "seed", seed)]
     held_out, watched, training = asked[:HELD_OUT], asked[HELD_OUT : HELD_OUT + WATCHED], asked[HELD_OUT + WATCHED :]
@@ -74,7 +78,7 @@ def prepare(out: Path, seed: int) -> Path:
     _write(data / "held_out.jsonl", held_out)
     _write(data / "start_answers.jsonl", answers_of(start, held_out, seed))
     tokens = [sum(response.length_tokens for response in group.responses) for group in groups]
-    write_atomically(data / "inputs.json", json.dumps({"tokens_sampled": tokens}))
+    write_atomically(data / "inputs.json", json.dumps({"world": WORLD, "tokens_sampled": tokens}))
     return data
 
 
@@ -87,15 +91,24 @@ def _write(file: Path, rows: Sequence[Record | dict[str, str]]) -> None:
     write_atomically(file, "".join(line + "\n" for line in lines))
 
 
+def reward_model_config(data: Path, seed: int, n: int) -> Config:
+    return reward_model(Setting(data=data, seed=seed, n=n, rate=REWARD_RATE, strength=0))
+
+
+def key_of(out: Path, *configs: Config) -> str:
+    """Of what a row's figures depend on; where it lies is none of it."""
+    return sha256(json.dumps([WORLD, *(cfg.to_yaml().replace(str(out), "") for cfg in configs)]))
+
+
 def prepare_reward_model(out: Path, seed: int, n: int) -> None:
     """The reward model of n pairs, and what it took."""
     data = prepare(out, seed)
-    folder = data / f"reward-model-{n}"
-    if (folder / "counts.json").is_file():
+    folder, cfg = data / f"reward-model-{n}", reward_model_config(data, seed, n)
+    file, key = folder / "counts.json", key_of(out, cfg)
+    if file.is_file() and json.loads(file.read_text())["key"] == key:
         return
-    cfg = reward_model(Setting(data=data, seed=seed, n=n, rate=0.0, strength=0).reward_model)
     counts = run_recipe("reward-model", cfg, folder)[1]
-    write_atomically(folder / "counts.json", json.dumps(counts))
+    write_atomically(file, json.dumps({"key": key, "counts": counts}))
 
 
 def run_row(out: Path, job: Job) -> dict[str, Any]:
@@ -104,7 +117,8 @@ def run_row(out: Path, job: Job) -> dict[str, Any]:
     method = METHODS[job.method]
     rate = RATES[job.strength] * method.pace
     cfg = method.config(Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength))
-    key = sha256(json.dumps([cfg.to_yaml().replace(str(out), ""), Path(world.__file__).read_text()]))
+    judges = [reward_model_config(data, job.seed, job.n)] if method.needs == "reward-model" else []
+    key = key_of(out, cfg, *judges)
     file = out / "rows" / f"{job.name}.json"
     if file.is_file():
         known = json.loads(file.read_text())
@@ -154,12 +168,11 @@ def inputs(data: Path, n: int, cfg: Any, needs: str) -> dict[str, int]:
     if not needs:
         return {}
     tokens = json.loads((data / "inputs.json").read_text())["tokens_sampled"]
-    used = sum(
-        1 for _ in open(cfg.data if needs == "answers" else getattr(cfg, "pairs", "") or data / f"pairs-{n}.jsonl")
-    )
+    file = cfg.data if needs == "answers" else getattr(cfg, "pairs", "") or data / f"pairs-{n}.jsonl"
+    used = len(Path(file).read_text().splitlines())
     taken = {"tokens_sampled": sum(tokens[:used]), "label_calls": 0 if needs == "answers" else used}
     if needs == "reward-model":
-        for name, more in json.loads((data / f"reward-model-{n}" / "counts.json").read_text()).items():
+        for name, more in json.loads((data / f"reward-model-{n}" / "counts.json").read_text())["counts"].items():
             taken[name] = taken.get(name, 0) + more
     return taken
 
