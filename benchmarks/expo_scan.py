@@ -10,12 +10,13 @@ at most 2. All models answer the same prompts with the same seeds. alpha is chos
 the guard of `prefloop expo`; every figure is of the other half.
 
 Figures are means over seeds (of the pairs, of DPO's order, of the prompts) with a 95 % interval by Student's t over
-seeds. Resumable: the same command continues. Prints, last, one line of JSON.
+seeds (of perplexities, geometric means). Resumable: the same command continues. Prints, last, one line of JSON.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from math import exp, log
 from pathlib import Path
 
 from rich.console import Console
@@ -74,7 +75,7 @@ def main() -> None:
     with Run.open(out, recipe="expo_scan", config=cfg, console=Console(stderr=True)) as run:
         scans = [scan(run, cfg, seed, theta_0) for seed in range(cfg.seeds)]
     table = {
-        key: {name: interval([figure(one[key]) for one in scans]) for name, figure in FIGURES.items()}
+        key: {name: over_seeds(name, [figure(one[key]) for one in scans]) for name, figure in FIGURES.items()}
         for key in scans[0]
     }
     chosen = [{share: chosen_alpha(one, share) for share in SHARES} for one in scans]
@@ -109,6 +110,15 @@ def reward(one: Candidate) -> float:
 def chars(one: Candidate) -> float:
     assert one.length_chars
     return one.length_chars[0]
+
+
+def over_seeds(name: str, values: Sequence[float]) -> list[float]:
+    """`interval`; of perplexities, which differ by orders of magnitude, that of their logarithms."""
+    return (
+        [exp(value) for value in interval([log(value) for value in values])]
+        if name == "perplexity"
+        else interval(values)
+    )
 
 
 def perplexity(one: Candidate) -> float:
@@ -214,7 +224,7 @@ def plot(file: Path, table: Table) -> None:
             axis.plot(x, mean, marker="o", markersize=3, label=f"{share} % of the steps")
             axis.fill_between(x, low, high, alpha=0.15)
         axis.axhline(table[100, 0.0][name][0], color="grey", linewidth=0.8, linestyle="--")
-        axis.set(title=title, xlabel="1 + alpha", xscale="log")
+        axis.set(title=title, xlabel="1 + alpha", xscale="log", yscale="log" if name == "perplexity" else "linear")
     axes[0].legend(frameon=False, fontsize=7)
     figure.savefig(file, metadata={"Date": None})
 
