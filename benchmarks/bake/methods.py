@@ -168,8 +168,8 @@ def expo(s: Setting, share: float, alphas: tuple[float, float, float]) -> ExpoCo
 
 
 def reward_model(s: Setting) -> RewardModelConfig:
-    """Cross-fitted in two folds, for MPO's margins. One epoch: with more, at this rate, its log loss on other pairs rises,
-    while it ranks no better.
+    """Cross-fitted in two folds, for MPO's margins. One epoch: with more, at this rate, the log loss on other pairs
+    rises, and it ranks no better.
     """
     return RewardModelConfig(**{k: v for k, v in s.common.items() if k != "look_at"}, **s.pairs(), folds=2,
                              train=s.train(s.steps))  # fmt: skip
