@@ -47,7 +47,7 @@ def generated(found: Mapping[str, Any], first: Mapping[str, Runs], second: Mappi
         "cost is its tokens, weighted by what one of each kind takes, in tokens trained on.",
         methods_table(found["methods"], found["said"]),
         "![Reward against KL divergence](comparison.svg)",
-        "## Claims\n\nPaired differences over seeds, at equal label calls. Each interval is one of 95 % for itself: of the "
+        "## Claims\n\nPaired differences over seeds, at equal label calls. Each interval is of 95 % by itself: of the "
         f"{len(found['claims'])} below, one or two may miss the truth by chance.",
         claims_table(found["claims"], found["seeds"]),
     ]  # fmt: skip
