@@ -37,14 +37,14 @@ FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
 SMALL_SEEDS = 3
-SMALL = {"n": 480, "strengths": [1, 2], "methods": ["ipo", "oaif-ipo", "dice", "dice-no-length"],
+SMALL = {"n": 480, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "optune-1", "optune-half"],
          "no_equal_tokens": True}  # fmt: skip
 STRONGEST = (
-    ("DICE: the length term keeps answers short", "words saved at equal KL"),
-    ("OAIF: online beats offline (IPO)", "best true reward of the strengths"),
+    ("DICE: the length term keeps answers short", "words saved at equal KL", 0.0),
+    ("OPTune: 1.27 to 1.56 times less work", "weighted tokens, times less", 1.0),
 )
-"""Claim and figure whose mean over seeds is above 0 in the small version too, or CI fails. `error_rate` of `--small
---seeds 10` says how often SMALL_SEEDS of such seeds would have a mean below 0 (normal approximation).
+"""Claim, figure and what its mean over seeds is above in the small version too, or CI fails. `error_rate` says how often
+SMALL_SEEDS such seeds would have a mean below that (normal approximation).
 """
 
 
@@ -126,12 +126,12 @@ def rows_of(args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str
 def strongest(claims: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Whether the strongest effects are as in the whole comparison, and how often that fails."""
     found = {}
-    for claim, figure in STRONGEST:
+    for claim, figure, level in STRONGEST:
         values = next(one["by_seed"] for one in claims if (one["claim"], one["figure"]) == (claim, figure))
-        one: dict[str, Any] = {"shows": bool(values) and fmean(values) > 0, "seeds": len(values)}
+        one: dict[str, Any] = {"shows": bool(values) and fmean(values) > level, "seeds": len(values)}
         if len(values) > 1:
             of_the_mean = NormalDist(fmean(values), stdev(values) / SMALL_SEEDS**0.5)
-            one["error_rate"] = round(of_the_mean.cdf(0.0), 4)
+            one["error_rate"] = round(of_the_mean.cdf(level), 4)
         found[f"{claim}: {figure}"] = one
     return found
 
