@@ -43,8 +43,8 @@ STRONGEST = (
     ("DICE: the length term keeps answers short", "words saved at equal KL", 0.0),
     ("OPTune: 1.27 to 1.56 times less work", "weighted tokens, times less", 1.0),
 )
-"""Claim, figure and what its mean over seeds is above in the small version too, or CI fails. `error_rate` says how often
-SMALL_SEEDS such seeds would have a mean below that (normal approximation).
+"""Claim, figure and what its mean over seeds is above in the small version too, or CI fails. `error_rate` says how
+often SMALL_SEEDS such seeds would have a mean below that (normal approximation).
 """
 
 
