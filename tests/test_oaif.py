@@ -123,7 +123,7 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("kill_at", [1, 4])
+@pytest.mark.parametrize("kill_at", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_bytes(
     cfg: OaifConfig, finished: Path, tmp_path: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +145,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_used_up_leaves_a_run_that_goes_on(
     cfg: OaifConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_the_same_server_samples_again_and_is_gone_after_close(engine: VllmEngin
         engine.sample(PROMPTS, k=1, sampling=SAMPLING, seed=4)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_it_samples_says_its_last_words(policy: ModelRef, python: str, tmp_path: Path) -> None:
     engine = with_arguments(policy, python, tmp_path / "log", "--die-at 3")
     with pytest.raises(EngineError) as caught:

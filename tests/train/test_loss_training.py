@@ -206,7 +206,9 @@ def test_a_round_computes_what_its_loss_needs(
     for module in ("reference", "learner"):
         monkeypatch.setattr(f"prefloop.train.{module}.model_pass", counting)
     train = Train(steps=2, batch_size=2, learning_rate=1e-3, warmup_steps=0, validation_pairs=1, validate_every=1)
-    cfg = DpoConfig(policy=str(policy.path), pairs=str(file), held_out=str(file), loss=loss,
+    apart = tmp_path / "held_out.jsonl"
+    apart.write_text(file.read_text().replace("Question", "Another question"))
+    cfg = DpoConfig(policy=str(policy.path), pairs=str(file), held_out=str(apart), loss=loss,
                     look_at=LookAt(answers=0), train=train.replace(lora__rank=rank), compute=COMPUTE)  # fmt: skip
     with Run.open(tmp_path / "run", recipe="dpo", config=cfg) as run:
         dpo(cfg, run)
@@ -214,8 +216,7 @@ def test_a_round_computes_what_its_loss_needs(
     expected = {
         "simpo:gamma=0.5": [],
         "kto": [("logps", 12, {2})],
-        # The held-out pairs are the training pairs, so the cache has the whole ones.
-        "ld_dpo+0.1*nll_mean": [("prefix-logps", 6, {2})],
+        "ld_dpo+0.1*nll_mean": [("logps", 6, {2}), ("prefix-logps", 6, {2})],
     }
     assert of_training == expected[loss]
     assert (tmp_path / "run/report.html").is_file() and (tmp_path / "run/report.md").is_file()
