@@ -15,17 +15,18 @@ def counted() -> Iterator[Counter[str]]:
     label_calls        questions to the annotator: a comparison of two different answers, or a score of one
     tokens_sampled     of the answers that were sampled, their end tokens included
     tokens_trained     positions that went through a model with gradients, prompts included
-    tokens_scored      the same without gradients, but for those of sampling
+    tokens_scored      the same without gradients, but for those of sampling, and of a proof that is made once a process
     """
     from transformers.models.llama.modeling_llama import LlamaModel
 
     from prefloop.feedback.rule import RuleAnnotator
     from prefloop.sample.transformers import TransformersEngine
+    from prefloop.train import logprobs
 
     tally: Counter[str] = Counter()
-    sampling = [False]
+    aside = [False]
     judge, score = RuleAnnotator.judge, RuleAnnotator.score
-    sample, forward = TransformersEngine.sample, LlamaModel.forward
+    sample, forward, prove = TransformersEngine.sample, LlamaModel.forward, logprobs.choose_path
 
     @wraps(judge)
     def counted_judge(self: Any, comparisons: Any, **more: Any) -> Any:
@@ -39,19 +40,27 @@ def counted() -> Iterator[Counter[str]]:
 
     @wraps(sample)
     def counted_sample(self: Any, *args: Any, **more: Any) -> Any:
-        sampling[0] = True
+        aside[0] = True
         try:
             groups = sample(self, *args, **more)
         finally:
-            sampling[0] = False
+            aside[0] = False
         tally["tokens_sampled"] += sum(response.length_tokens for group in groups for response in group.responses)
         return groups
+
+    @wraps(prove)
+    def uncounted_proof(*args: Any, **more: Any) -> Any:
+        aside[0] = True
+        try:
+            return prove(*args, **more)
+        finally:
+            aside[0] = False
 
     @wraps(forward)
     def counted_forward(self: Any, *args: Any, **more: Any) -> Any:
         import torch
 
-        if not sampling[0]:
+        if not aside[0]:
             given = args[0] if args else more["input_ids"] if more.get("input_ids") is not None else None
             positions = given if given is not None else more["inputs_embeds"][..., 0]
             kind = "tokens_trained" if torch.is_grad_enabled() else "tokens_scored"
@@ -63,5 +72,6 @@ def counted() -> Iterator[Counter[str]]:
         patch.object(RuleAnnotator, "score", counted_score),
         patch.object(TransformersEngine, "sample", counted_sample),
         patch.object(LlamaModel, "forward", counted_forward),
+        patch.object(logprobs, "choose_path", uncounted_proof),
     ):
         yield tally

@@ -20,6 +20,8 @@ from tests.train.test_loss_table import example
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the extra bench (trl)"),
+    # Raised by whichever test imports it first, so it would depend on their order.
+    pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
 ]
 
 OPTIONS = {
