@@ -4,7 +4,6 @@ To import TRL takes long, so this is among the slow tests (`make test-slow`, whi
 What TRL computes otherwise, and who is right, is in docs/losses.md.
 """
 
-import importlib.util
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ from tests.train.test_loss_table import example
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the extra bench (trl)"),
     # Raised by whichever test imports it first, so it would depend on their order.
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
 ]
