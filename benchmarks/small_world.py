@@ -6,12 +6,14 @@ drifts off to something else, and repeats itself: it can be made better by choos
 minutes on one core, by next-token prediction on answers drawn from `conversation`.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefloop.data.chat import ChatFormat
@@ -119,31 +121,49 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def _train(
     tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steps: int, batch: int, seed: int
 ) -> LlamaForCausalLM:
+    chat = ChatFormat(tokenizer)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(steps):
+            rows = []
+            for _ in range(batch):
+                asked, things = question(rng)
+                prompt = chat.prompt_ids(Prompt.of(asked))
+                rows.append((len(prompt), [*prompt, *chat.response_ids(answer(things, rng))]))
+            longest = max(len(row) for _, row in rows)
+            inputs = torch.zeros(batch, longest, dtype=torch.long)
+            labels = torch.full((batch, longest), -100)
+            for i, (start, row) in enumerate(rows):
+                inputs[i, : len(row)] = torch.tensor(row)
+                labels[i, start : len(row)] = torch.tensor(row[start:])
+            yield inputs, labels
+
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    return pretrained(tokenizer, batches(), steps=steps, rate=3e-3, seed=seed, **shape)
+
+
+def pretrained(
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    **shape: Any,
+) -> LlamaForCausalLM:
+    """A small Llama of this shape, trained by next-token prediction on (input ids, labels), one batch a step."""
     ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **ids,
+        vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, **shape,
+        **ids,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         model = LlamaForCausalLM(config).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    chat = ChatFormat(tokenizer)
-    for _ in range(steps):
-        rows = []
-        for _ in range(batch):
-            asked, things = question(rng)
-            prompt = chat.prompt_ids(Prompt.of(asked))
-            rows.append((len(prompt), [*prompt, *chat.response_ids(answer(things, rng))]))
-        longest = max(len(row) for _, row in rows)
-        inputs = torch.zeros(batch, longest, dtype=torch.long)
-        labels = torch.full((batch, longest), -100)
-        for i, (start, row) in enumerate(rows):
-            inputs[i, : len(row)] = torch.tensor(row)
-            labels[i, start : len(row)] = torch.tensor(row[start:])
-        loss = model(input_ids=inputs, labels=labels).loss
-        loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    for inputs, labels in batches:
+        model(input_ids=inputs, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -18,13 +18,14 @@ drawn by a hash of question and answer: who asks again gets the same answer, as 
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prefloop.records import Prompt, Response
-from prefloop.seeds import derive_seed, generator
+from prefloop.seeds import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -112,46 +113,37 @@ def start_model(folder: Path, *, seed: int, steps: int = 350, batch: int = 64) -
     taken as it is.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from torch import Tensor
 
     from prefloop.data.chat import ChatFormat
     from prefloop.models import write_model
+    from small_world import pretrained
 
     if (folder / "model.safetensors").is_file():
         return folder
     tokenizer = _tokenizer()
-    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1, **ids,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
-        model = LlamaForCausalLM(config).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
     rng, chat = generator(seed, "bake world"), ChatFormat(tokenizer)
     asked = questions(steps * batch // 16, "start", seed)
     known = {question: chat.prompt_ids(Prompt.of(question)) for question in asked}
     words = tokenizer.get_vocab()
-    for step in range(steps):
-        inputs = torch.zeros(batch, 16 + MAX_NEW_TOKENS, dtype=torch.long)
-        labels = torch.full_like(inputs, -100)
-        for i in range(batch):
-            question = asked[(step * batch + i) % len(asked)]
-            said = [words[word] for word in answer(question, rng).split()]
-            row = [*known[question], *said, chat.end_token_id]
-            inputs[i, : len(row)] = torch.tensor(row)
-            labels[i, len(known[question]) : len(row)] = inputs[i, len(known[question]) : len(row)]
-        loss = model(input_ids=inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    for name in ids:
-        setattr(model.generation_config, name, ids[name])
-    write_model(folder, model.eval(), tokenizer)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(steps):
+            inputs = torch.zeros(batch, 16 + MAX_NEW_TOKENS, dtype=torch.long)
+            labels = torch.full_like(inputs, -100)
+            for i in range(batch):
+                question = asked[(step * batch + i) % len(asked)]
+                said = [words[word] for word in answer(question, rng).split()]
+                row = [*known[question], *said, chat.end_token_id]
+                inputs[i, : len(row)] = torch.tensor(row)
+                labels[i, len(known[question]) : len(row)] = inputs[i, len(known[question]) : len(row)]
+            yield inputs, labels
+
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    model = pretrained(tokenizer, batches(), steps=steps, rate=5e-3, seed=seed, initializer_range=0.1, **shape)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    write_model(folder, model, tokenizer)
     return folder
 
 
