@@ -9,7 +9,8 @@ three strengths (learning rates, the same for all; ExPO: alphas) with `--n` labe
 models answer held-out questions: true reward, KL divergence from the start model, win rate, length.
 
 First all rows have the same label calls. Then the rows of `EQUAL_TOKENS` get as many labels as make them cost what
-OAIF costs (tokens sampled, scored and trained, weighted by what a token of each takes).
+OAIF costs (tokens sampled, scored and trained, weighted by what a token of each takes). Last, the rows of `FAIR_JUDGE`
+have an annotator that is as noisy but does not like length: which of the first results come of that liking?
 
 A finished row is kept in OUT/rows; the same command continues. Intervals are 95 % by Student's t over seeds. Prints,
 last, one line of JSON; all but the seconds is the same when it is run again.
@@ -27,18 +28,20 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from bake.claims import judged
-from bake.figures import KL, MIDDLE, Runs, cost, summary
+from bake.figures import KL, MIDDLE, PARTS, Part, Runs, cost, summary
 
 EQUAL_TOKENS = ("dpo", "oaif-dpo", "iterative-5", "bpo-5", "dice", "optune-half", "osp", "ppo", "ca")
 """Rows of the second comparison."""
 LIKE = "oaif-dpo"
 """The row whose cost all others get."""
+FAIR_JUDGE = ("dpo", "ipo", "slic", "oaif-dpo", "oaif-ipo", "oaif-slic", "dice", "dice-no-length", "ppo-scored", "fa")
+"""Rows of the third comparison."""
 FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
 SMALL_SEEDS = 3
 SMALL = {"n": 480, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "optune-1", "optune-half"],
-         "no_equal_tokens": True}  # fmt: skip
+         "only_equal_calls": True}  # fmt: skip
 STRONGEST = (
     ("DICE: the length term keeps answers short", "words saved at equal KL", 0.0),
     ("OPTune: 1.27 to 1.56 times less work", "weighted tokens, times less", 1.0),
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="5; of the small version 3")
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--strengths", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--no-equal-tokens", action="store_true", help="leave the second comparison out")
+    parser.add_argument("--only-equal-calls", action="store_true", help="leave the other two comparisons out")
     parser.add_argument("--small", action="store_true", help="what CI runs: the machinery and the strongest effects")
     parser.add_argument("--measure", action="store_true", help="only measure what a token costs (bake.figures.COSTS)")
     parser.add_argument("--processes", type=int, default=2, help="rows at once, of one thread each")
@@ -72,14 +75,17 @@ def main() -> None:
         print(json.dumps(measure(prepare(args.out, 0))))
         return
     found = compare(args)
-    for line in found["claims"]:
-        print(f"{line['claim']}: {line['figure']}: {line['difference']}: {line['verdict']}")
+    for part in PARTS.values():
+        for line in found[part.claims]:
+            print(f"{part.said}: {line['claim']}: {line['figure']}: {line['difference']}: {line['verdict']}")
     (args.out / "bake_off.json").write_text(json.dumps(found, indent=1) + "\n")
     if args.docs:
         from bake.page import write_page
 
-        write_page(args.docs, found, *(runs_of(found, part) for part in ("rows", "rows_at_equal_tokens")))
-    last = {name: found[name] for name in ("kl", "methods", "equal_tokens", "claims", "seeds", "n")}
+        write_page(args.docs, found, runs_of(found, PARTS["equal calls"]))
+    last = {name: value for name, value in found.items() if name not in ("start", "sanity", "said")}
+    for part in PARTS.values():
+        del last[part.rows]
     if args.small:
         last["strongest"] = strongest(found["claims"])
     print(json.dumps(last))
@@ -96,30 +102,37 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     ) as pool:
         sanity = dict(zip(seeds, every(pool, sane, [(args.out, seed) for seed in seeds]), strict=True))
         rows = rows_of(args, pool, dict.fromkeys(names, args.n))
-        more: list[dict[str, Any]] = []
-        if not args.no_equal_tokens and LIKE in names:
-            compared = [name for name in EQUAL_TOKENS if name in names]
-            more = rows_of(args, pool, sizes_at_equal_tokens(rows, compared, args.n))
+        cost_alike: list[dict[str, Any]] = []
+        fairly_judged: list[dict[str, Any]] = []
+        if not args.only_equal_calls:
+            if LIKE in names:
+                compared = [name for name in EQUAL_TOKENS if name in names]
+                cost_alike = rows_of(args, pool, sizes_at_equal_tokens(rows, compared, args.n))
+            sizes = {name: args.n for name in FAIR_JUDGE if name in names}
+            fairly_judged = rows_of(args, pool, sizes, judge="fair")
     found: dict[str, Any] = {
         "kl": KL, "n": args.n, "seeds": args.seeds, "said": {name: METHODS[name].said for name in names},
         "sanity": {name: fmean(one[name] for one in sanity.values()) for name in sanity[0] if name != "start"},
-        "start": {str(seed): one["start"] for seed, one in sanity.items()}, "rows": rows, "rows_at_equal_tokens": more,
+        "start": {str(seed): one["start"] for seed, one in sanity.items()},
     }  # fmt: skip
-    first, second = runs_of(found, "rows"), runs_of(found, "rows_at_equal_tokens")
-    found["methods"] = {name: summary(runs) for name, runs in first.items()}
-    found["equal_tokens"] = {name: summary(runs) for name, runs in second.items()}
-    found["claims"] = judged(first)
+    for part, its_rows in zip(PARTS.values(), (rows, cost_alike, fairly_judged), strict=True):
+        found[part.rows] = its_rows
+        runs = runs_of(found, part)
+        found[part.methods] = {name: summary(one) for name, one in runs.items()}
+        found[part.claims] = judged(runs)
     return found
 
 
-def rows_of(args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """The rows of methods with so many labels each, of all seeds and strengths."""
+def rows_of(
+    args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str, int], judge: str = "score"
+) -> list[dict[str, Any]]:
+    """The rows of methods with so many labels each of the judge, of all seeds and strengths."""
     from bake.methods import METHODS
 
     seeds = range(args.seeds)
     judged_by = sorted({n for name, n in sizes.items() if METHODS[name].needs == "reward-model"})
     every(pool, reward_model_of, [(args.out, seed, n) for n in judged_by for seed in seeds])
-    jobs = [(args.out, name, seed, i, n) for seed in seeds for name, n in sizes.items() for i in args.strengths]
+    jobs = [(args.out, name, seed, i, n, judge) for seed in seeds for name, n in sizes.items() for i in args.strengths]
     return every(pool, row_of, jobs)
 
 
@@ -136,10 +149,10 @@ def strongest(claims: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def runs_of(found: dict[str, Any], part: str) -> dict[str, Runs]:
+def runs_of(found: dict[str, Any], part: Part) -> dict[str, Runs]:
     """The rows of a comparison by method, in the order of the table."""
     start = {int(seed): one for seed, one in found["start"].items()}
-    by_method = {name: [row for row in found[part] if row["method"] == name] for name in found["said"]}
+    by_method = {name: [row for row in found[part.rows] if row["method"] == name] for name in found["said"]}
     return {name: Runs.of(rows, start) for name, rows in by_method.items() if rows}
 
 
@@ -193,10 +206,10 @@ def reward_model_of(out: Path, seed: int, n: int) -> None:
     prepare_reward_model(out, seed, n)
 
 
-def row_of(out: Path, name: str, seed: int, strength: int, n: int) -> dict[str, Any]:
+def row_of(out: Path, name: str, seed: int, strength: int, n: int, judge: str) -> dict[str, Any]:
     from bake.rows import Job, run_row
 
-    return run_row(out, Job(name, seed, strength, n))
+    return run_row(out, Job(name, seed, strength, n, judge))
 
 
 if __name__ == "__main__":

@@ -206,12 +206,21 @@ def test_an_annotator_labels_own_answers(cfg: RewardModelConfig, tmp_path: Path)
     assert {pair.prompt.id for pair in pairs_in(out / "data/pairs.jsonl")} <= {pair.prompt.id for pair in labelled}
     with pytest.raises(InputError, match="--prompts needs an --annotator"):
         run_recipe(own.replace(annotator=""), tmp_path / "other")
+    with pytest.raises(InputError, match="folds = 9: there are 8 prompts"):
+        run_recipe(own.replace(folds=9), tmp_path / "many")
+    assert not (tmp_path / "many/data/answers.jsonl").exists()
 
 
 def test_an_annotator_labels_pairs_anew(cfg: RewardModelConfig, tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", recipe="reward-model", config=cfg) as run:
         again = recipe.preferences(cfg.replace(annotator="rule:long"), run, ModelRef.of(Path(cfg.policy)))
     assert [pair.chosen.text for pair in again] == [f"No, {i}.." for i in range(12)]
+    with (
+        Run.open(tmp_path / "many", recipe="reward-model", config=cfg) as run,
+        pytest.raises(InputError, match="folds = 13: there are 12 prompts"),
+    ):
+        recipe.preferences(cfg.replace(annotator="rule:long", folds=13), run, ModelRef.of(Path(cfg.policy)))
+    assert not (tmp_path / "many/data/labelled.jsonl").exists()
 
 
 def test_a_budget_of_labels_is_the_runs(

@@ -54,6 +54,8 @@ CLAIMS = (
     Claim("OAIF: online beats offline (DPO)", "oaif-dpo", "dpo"),
     Claim("OAIF: online beats offline (IPO)", "oaif-ipo", "ipo"),
     Claim("OAIF: online beats offline (SLiC)", "oaif-slic", "slic"),
+    Claim("OAIF: online DPO beats RLHF", "oaif-dpo", "ppo"),
+    Claim("OAIF: online DPO beats PPO on the same annotator", "oaif-dpo", "ppo-scored"),
     Claim("DICE: bootstrapping goes beyond its DPO model", "dice", "dpo"),
     Claim("DICE: the length term keeps answers short", "dice", "dice-no-length", ("shorter", "reward", "best")),
     Claim("DICE: replay protects", "dice", "dice-no-replay"),

@@ -21,6 +21,23 @@ MIDDLE = 1
 """The strength whose costs are shown."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A comparison: what it is called, and where its rows and figures stand among all figures."""
+
+    said: str
+    rows: str
+    methods: str
+    claims: str
+
+
+PARTS = {
+    "equal calls": Part("equal label calls", "rows", "methods", "claims"),
+    "equal tokens": Part("equal tokens", "rows_at_equal_tokens", "equal_tokens", "claims_at_equal_tokens"),
+    "fair judge": Part("a fair judge", "rows_with_a_fair_judge", "fair_judge", "claims_with_a_fair_judge"),
+}
+
+
 def cost(row: Row) -> float:
     """Tokens, weighted by what they cost, in tokens trained on."""
     return sum(weight * row.get(name, 0) for name, weight in COSTS.items())

@@ -35,7 +35,8 @@ from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
 
 BATCH = 16
-JUDGE = "rule:bake.world:score"
+JUDGES = {"score": "rule:bake.world:score", "fair": "rule:bake.world:fair_score"}
+"""The annotator, and one that does not like length."""
 BETAS = {"dpo": 0.1, "ipo": 0.1, "slic": 0.002}
 """The papers', but for IPO: its 1.0 stops at half a nat a pair (docs/methods/oaif.md)."""
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
@@ -44,13 +45,20 @@ COMPUTE = Compute(dtype="float32", sampling_dtype="float32", tokens_per_forward=
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is run with. `rate` is the learning rate, `strength` which of the row's settings it is (0, 1, 2)."""
+    """What a row is run with. `rate` is the learning rate, `strength` which of the row's settings it is (0, 1, 2),
+    `judge` who annotates (of `JUDGES`).
+    """
 
     data: Path
     seed: int
     n: int
     rate: float
     strength: int
+    judge: str
+
+    @property
+    def annotator(self) -> str:
+        return JUDGES[self.judge]
 
     @property
     def steps(self) -> int:
@@ -121,7 +129,9 @@ def dpo(s: Setting, loss: str = "dpo", steps: float | None = None) -> DpoConfig:
 
 
 def oaif(s: Setting, loss: str = "dpo") -> OaifConfig:
-    return OaifConfig(**s.common, **s.prompts(), annotator=JUDGE, loss=loss, beta=BETAS[loss], train=s.train(s.steps))
+    return OaifConfig(
+        **s.common, **s.prompts(), annotator=s.annotator, loss=loss, beta=BETAS[loss], train=s.train(s.steps)
+    )
 
 
 def dice(s: Setting, **changes: Any) -> DiceConfig:
@@ -135,27 +145,27 @@ def sail(s: Setting, variant: str) -> SailConfig:
     """`pr` asks for labels online: it has fewer pairs, so that all its calls are n."""
     share = VARIANTS[variant].mixture
     steps = s.steps * (1 - share) if variant == "pr" else s.steps
-    return SailConfig(**s.common, **s.pairs(round(steps) * BATCH), variant=variant, evaluator=JUDGE,
-                      annotator=JUDGE if variant == "pr" else "", train=s.train(steps))  # fmt: skip
+    return SailConfig(**s.common, **s.pairs(round(steps) * BATCH), variant=variant, evaluator=s.annotator,
+                      annotator=s.annotator if variant == "pr" else "", train=s.train(steps))  # fmt: skip
 
 
 def bpo(s: Setting, phases: int | str, *, reference: str = "behaviour", members: int = 1, rank: int = 0) -> BpoConfig:
     train = s.train(s.steps, lora=Lora(rank=rank, alpha=2.0 * max(rank, 1)))
-    return BpoConfig(**s.common, **s.prompts(), annotator=JUDGE, phases=phases, reference=reference, members=members,
-                     train=train)  # fmt: skip
+    return BpoConfig(**s.common, **s.prompts(), annotator=s.annotator, phases=phases, reference=reference,
+                     members=members, train=train)  # fmt: skip
 
 
 def optune(s: Setting, regenerate: float) -> OptuneConfig:
     """Three iterations of two answers a question: 6 scores a question where all are new."""
     questions = s.n // 6
-    return OptuneConfig(**s.common, **s.prompts(), annotator=JUDGE, n_prompts=questions, regenerate=regenerate,
+    return OptuneConfig(**s.common, **s.prompts(), annotator=s.annotator, n_prompts=questions, regenerate=regenerate,
                         weights=Weights(), train=s.train(2 * questions / BATCH))  # fmt: skip
 
 
 def osp(s: Setting, labels: str) -> OspConfig:
     """Three rounds, 3 comparisons a question. The scale is twice the noise's: a seen difference has it in it."""
     feedback = Feedback(labels=labels, scale=2 * NOISE)
-    return OspConfig(**s.common, **s.prompts(), annotator=JUDGE, feedback=feedback, rounds=3, n=4,
+    return OspConfig(**s.common, **s.prompts(), annotator=s.annotator, feedback=feedback, rounds=3, n=4,
                      prompts_per_round=s.n // 9, pairing="best_vs_rest", train=s.train(s.steps / 3))  # fmt: skip
 
 
@@ -183,8 +193,9 @@ def reinforced(s: Setting) -> dict[str, Any]:
     }
 
 
-def ppo(s: Setting) -> PpoConfig:
-    return PpoConfig(**s.common, **s.prompts(), **reinforced(s), train=s.train(s.steps))
+def ppo(s: Setting, **changes: Any) -> PpoConfig:
+    """One answer a question. Where the annotator itself is the reward, each is a label call."""
+    return PpoConfig(**s.common, **s.prompts(), **(reinforced(s) | changes), train=s.train(s.steps))
 
 
 def mpo(s: Setting) -> MpoConfig:
@@ -195,7 +206,7 @@ def mpo(s: Setting) -> MpoConfig:
 
 def scored(s: Setting, passes: int = 1) -> dict[str, Any]:
     """Options of the supervised methods: so many passes over n scored answers."""
-    return s.common | s.answers() | {"reward": JUDGE, "train": s.train(passes * s.steps)}
+    return s.common | s.answers() | {"reward": s.annotator, "train": s.train(passes * s.steps)}
 
 
 CONDITION = Condition(template="{input} reward {reward}", decimals=0, target=2.0)
@@ -232,6 +243,7 @@ METHODS: dict[str, Method] = {
     "osp": Method("OSP, soft labels", "osp", lambda s: osp(s, "soft")),
     "osp-hard": Method("OSP, hard labels", "osp", lambda s: osp(s, "hard")),
     "ppo": Method("PPO on a reward model (RLHF)", "ppo", ppo, "reward-model", pace=0.5),
+    "ppo-scored": Method("PPO on the annotator's scores", "ppo", lambda s: ppo(s, annotator=s.annotator), pace=0.5),
     "mpo": Method("MPO", "mpo", mpo, "reward-model", pace=0.5),
     "fa": Method("FA", "fa", lambda s: FaConfig(**scored(s)), "answers", pace=10),
     "rwr": Method("RWR", "rwr", lambda s: RwrConfig(**scored(s)), "answers", pace=10),

@@ -6,14 +6,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bake import world
-from bake.methods import COMPUTE, METHODS, RATES, REWARD_RATE, SAMPLING, Setting, reward_model
+from bake.methods import COMPUTE, JUDGES, METHODS, RATES, REWARD_RATE, SAMPLING, Setting, reward_model
 from bake.tally import counted
 from prefloop.atomic import write_atomically
 from prefloop.cli import COMMANDS
@@ -37,23 +37,24 @@ WATCHED = 8
 
 @dataclass(frozen=True)
 class Job:
-    """A row: `method` at strength `strength` (0, 1, 2) with `n` labels."""
+    """A row: `method` at strength `strength` (0, 1, 2) with `n` labels of `judge`."""
 
     method: str
     seed: int
     strength: int
     n: int
+    judge: str = "score"
 
     @property
     def name(self) -> str:
-        return f"{self.method}-n{self.n}-seed{self.seed}-{self.strength}"
+        return f"{self.method}-n{self.n}-seed{self.seed}-{self.strength}-{self.judge}"
 
 
-def prepare(out: Path, seed: int) -> Path:
-    """The seed's folder: start model, questions, pairs and answers of the start model. What is there of this world is
-    taken, what is there of another one is made anew.
+def prepare(out: Path, seed: int, judge: str = "score") -> Path:
+    """The folder of a seed and a judge: start model, questions, pairs and answers of the start model. What is there of
+    this world is taken, what is there of another one is made anew.
     """
-    data = out / "data" / f"seed-{seed}"
+    data = out / "data" / f"seed-{seed}-{judge}"
     if (data / "inputs.json").is_file() and json.loads((data / "inputs.json").read_text())["world"] == WORLD:
         return data
     shutil.rmtree(data, ignore_errors=True)
@@ -65,7 +66,7 @@ def prepare(out: Path, seed: int) -> Path:
     drawn = sample(start, training, k=2, sampling=SAMPLING, seed=seed, compute=COMPUTE, engine="transformers")
     # An empty answer is no row of a file: its question is left out.
     groups = [group for group in drawn if all(response.text for response in group.responses)]
-    pairs: list[Pair] = annotate(groups, load_rule("bake.world:score"))[:PAIRS]
+    pairs: list[Pair] = annotate(groups, load_rule(JUDGES[judge].removeprefix("rule:")))[:PAIRS]
     by_prompt = {group.prompt.id: group for group in groups}
     groups = [by_prompt[pair.prompt.id] for pair in pairs]
     _write(data / "pairs.jsonl", [_texts(pair) for pair in pairs])
@@ -91,8 +92,8 @@ def _write(file: Path, rows: Sequence[Record | dict[str, str]]) -> None:
     write_atomically(file, "".join(line + "\n" for line in lines))
 
 
-def reward_model_config(data: Path, seed: int, n: int) -> Config:
-    return reward_model(Setting(data=data, seed=seed, n=n, rate=REWARD_RATE, strength=0))
+def reward_model_config(data: Path, seed: int, n: int, judge: str) -> Config:
+    return reward_model(Setting(data=data, seed=seed, n=n, rate=REWARD_RATE, strength=0, judge=judge))
 
 
 def key_of(out: Path, *configs: Config) -> str:
@@ -100,10 +101,10 @@ def key_of(out: Path, *configs: Config) -> str:
     return sha256(json.dumps([WORLD, *(cfg.to_yaml().replace(str(out), "") for cfg in configs)]))
 
 
-def prepare_reward_model(out: Path, seed: int, n: int) -> None:
+def prepare_reward_model(out: Path, seed: int, n: int, judge: str = "score") -> None:
     """The reward model of n pairs, and what it took."""
-    data = prepare(out, seed)
-    folder, cfg = data / f"reward-model-{n}", reward_model_config(data, seed, n)
+    data = prepare(out, seed, judge)
+    folder, cfg = data / f"reward-model-{n}", reward_model_config(data, seed, n, judge)
     file, key = folder / "counts.json", key_of(out, cfg)
     if file.is_file() and json.loads(file.read_text())["key"] == key:
         return
@@ -113,11 +114,12 @@ def prepare_reward_model(out: Path, seed: int, n: int) -> None:
 
 def run_row(out: Path, job: Job) -> dict[str, Any]:
     """The row's figures; of a row that has them already, those. One that was stopped midway begins again."""
-    data = prepare(out, job.seed)
+    data = prepare(out, job.seed, job.judge)
     method = METHODS[job.method]
     rate = RATES[job.strength] * method.pace
-    cfg = method.config(Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength))
-    judges = [reward_model_config(data, job.seed, job.n)] if method.needs == "reward-model" else []
+    setting = Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength, judge=job.judge)
+    cfg = method.config(setting)
+    judges = [reward_model_config(data, job.seed, job.n, job.judge)] if method.needs == "reward-model" else []
     key = key_of(out, cfg, *judges)
     file = out / "rows" / f"{job.name}.json"
     if file.is_file():
@@ -125,13 +127,12 @@ def run_row(out: Path, job: Job) -> dict[str, Any]:
         if known["key"] == key:
             return known
     if method.needs == "reward-model":
-        prepare_reward_model(out, job.seed, job.n)
+        prepare_reward_model(out, job.seed, job.n, job.judge)
     folder = out / "runs" / job.name
     model, counts, seconds = run_recipe(method.recipe, cfg, folder)
     for name, n in inputs(data, job.n, cfg, method.needs).items():
         counts[name] = counts.get(name, 0) + n
-    found = {"key": key, "method": job.method, "seed": job.seed, "strength": job.strength, "n": job.n,
-             **look(data, model, job.seed), **counts, "seconds": seconds}  # fmt: skip
+    found = {"key": key, **asdict(job), **look(data, model, job.seed), **counts, "seconds": seconds}
     write_atomically(file, json.dumps(found) + "\n")
     shutil.rmtree(folder)
     return found
@@ -252,7 +253,7 @@ def measure(data: Path) -> dict[str, float]:
     from prefloop.train.online import OnlineLearner
 
     start = ModelRef.of(data / "start", name="start")
-    setting = Setting(data=data, seed=0, n=480, rate=RATES[0], strength=0)
+    setting = Setting(data=data, seed=0, n=480, rate=RATES[0], strength=0, judge="score")
     learner = Learner(start, [], objective=PairObjective(parse_loss("dpo")), config=setting.train(30), compute=COMPUTE,
                       seed=0)  # fmt: skip
     online = OnlineLearner(learner)

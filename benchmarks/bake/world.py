@@ -101,11 +101,21 @@ def expected_score(prompt: Prompt, response: Response) -> float:
     return truth(prompt, response) + LENGTH_BIAS * len(response.text.split())
 
 
-def score(prompt: Prompt, response: Response) -> float:
-    """The annotator: `rule:bake.world:score`."""
+def noise(prompt: Prompt, response: Response) -> float:
+    """The annotator's, of an answer: a Gumbel variable of scale `NOISE`."""
     text = f"{prompt.messages[-1].content}\x1f{response.text}"
     u = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") + 0.5) / 2**48
-    return expected_score(prompt, response) - NOISE * math.log(-math.log(u))
+    return -NOISE * math.log(-math.log(u))
+
+
+def score(prompt: Prompt, response: Response) -> float:
+    """The annotator: `rule:bake.world:score`."""
+    return expected_score(prompt, response) + noise(prompt, response)
+
+
+def fair_score(prompt: Prompt, response: Response) -> float:
+    """Another one, with the same noise, that does not like length: `rule:bake.world:fair_score`."""
+    return truth(prompt, response) + noise(prompt, response)
 
 
 def start_model(folder: Path, *, seed: int, steps: int = 350, batch: int = 64) -> Path:

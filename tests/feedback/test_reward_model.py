@@ -164,3 +164,6 @@ def test_bfloat16_is_near_and_another_identity(folder: Path) -> None:
     rough = RewardModel(ModelRef.of(folder), compute=Compute(device="cpu", dtype="bfloat16"))
     assert [j.p for j in rough.judge(COMPARISONS)] == pytest.approx([j.p for j in exact.judge(COMPARISONS)], abs=0.05)
     assert rough.identity != exact.identity
+    # The head is no part of that: what it gives has more digits than bfloat16.
+    rewards = torch.tensor(list(rough.rewards([(5, 6, 7), (8, 9)]).values()))
+    assert (rewards != rewards.bfloat16().float()).all()

@@ -25,6 +25,7 @@ from prefloop.train.config import Compute
 from prefloop.train.logprobs import autocast, rows
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import choose_dtype
+from prefloop.train.scalar import InFloat32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +140,10 @@ def conversation_ids(chat: ChatFormat, prompt: Prompt, answer: str) -> Ids:
 
 
 def load_reward_model(ref: ModelRef, *, device: str = "cpu") -> "PreTrainedModel":
-    """The sequence classifier in a folder, float32, for evaluation. Raises InputError when it is no reward model."""
+    """The sequence classifier in a folder, float32, for evaluation; its head stays so under autocast.
+
+    Raises InputError when it is no reward model.
+    """
     expected = "expected a reward model: a sequence classifier with one output (num_labels 1)"
     try:
         config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
@@ -157,7 +161,11 @@ def load_reward_model(ref: ModelRef, *, device: str = "cpu") -> "PreTrainedModel
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise InputError(f"model {ref.name} has no weights for {missing}, its scores would be random; {expected}")
-    return loaded.to(torch.device(device)).eval().requires_grad_(False)
+    model: Any = loaded.to(torch.device(device)).eval().requires_grad_(False)
+    heads = [(name, layer) for name, layer in model.named_modules() if getattr(layer, "out_features", None) == 1]
+    for name, layer in heads:
+        model.set_submodule(name, InFloat32(layer))
+    return model
 
 
 def _pad_id(model: "PreTrainedModel") -> int | None:

@@ -173,10 +173,13 @@ def preferences(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "list[Pa
         margin_of(pair, cfg.margin)
     if not cfg.annotator:
         return pairs
+    if pairs:  # checked here too, before labels are paid for that could not be used
+        check_folds(cfg.folds, len({pair.prompt.id for pair in pairs}))
     annotator = load_annotator(cfg.annotator, cfg.feedback, compute=cfg.compute, stage=Stage(name="feedback", run=run),
                                meter=load_meter(cfg.feedback, run=run))  # fmt: skip
     if cfg.prompts:
         prompts = load_own_prompts(cfg.prompts, cfg.on_bad_row, run)
+        check_folds(cfg.folds, len({prompt.id for prompt in prompts}))
         check_room(prompts, model, cfg.sampling.max_new_tokens)
         questions = run.stage("data/answers", sample, model, prompts, k=2, sampling=cfg.sampling,
                               seed=derive_seed(cfg.seed, "answers"), compute=cfg.compute, engine=cfg.engine,
@@ -216,10 +219,14 @@ def deal(pairs: "Sequence[Pair]", folds: int, *, seed: int) -> "list[list[Pair]]
     if not folds:
         return []
     ids = list(dict.fromkeys(pair.prompt.id for pair in pairs))
-    if folds > len(ids):
-        raise InputError(f"folds = {folds}: there are {len(ids)} prompts; give fewer folds, or more pairs")
+    check_folds(folds, len(ids))
     fold_of = {ids[i]: place % folds for place, i in enumerate(generator(seed, "folds").permutation(len(ids)))}
     return [[pair for pair in pairs if fold_of[pair.prompt.id] == fold] for fold in range(folds)]
+
+
+def check_folds(folds: int, prompts: int) -> None:
+    if folds > prompts:
+        raise InputError(f"folds = {folds}: there are {prompts} prompts; give fewer folds, or more pairs")
 
 
 def in_order(pairs: "Sequence[Pair]", *scored: "Sequence[Pair]") -> "list[Pair]":

@@ -119,9 +119,22 @@ def last_values(
 
 
 def _apply_head(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
-    """[T, D] -> [T], always in float32: a reward is a small difference of large sums."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return scalar_head(model)[1](hidden.float()).squeeze(-1)
+    """[T, D] -> [T], always in float32."""
+    return InFloat32(scalar_head(model)[1])(hidden).squeeze(-1)
+
+
+class InFloat32(nn.Module):
+    """A linear layer outside of autocast: a reward is a small difference of large sums, and bfloat16 would leave it
+    three digits.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.layer(hidden.float())
 
 
 PROBE = 0
