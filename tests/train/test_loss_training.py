@@ -276,6 +276,18 @@ def test_labels_that_a_loss_cannot_take_are_refused_before_anything_is_computed(
     assert not (tmp_path / "run").exists()
 
 
+def test_kto_on_one_prompt_is_refused_before_a_model_is_looked_at(policy: ModelRef, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Alone?", "chosen": "Yes", "rejected": "No"}\n')
+    cfg = DpoConfig(policy=str(policy.path), pairs=str(tmp_path / "pairs.jsonl"), held_out=str(file), loss="kto",
+                    look_at=LookAt(answers=0), compute=COMPUTE)  # fmt: skip
+    with (
+        pytest.raises(InputError, match="answers to other prompts, and none is there"),
+        Run.open(tmp_path / "run", recipe="dpo", config=cfg) as run,
+    ):
+        dpo(cfg, run)
+    assert not (tmp_path / "run/start/checkup.json").exists()
+
+
 def test_kto_takes_answers_that_were_never_pairs(policy: ModelRef, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"Question {i % 4}?", "completion": WORDS[i % 5], "label": i % 3 > 0, "weight": 1 + i}

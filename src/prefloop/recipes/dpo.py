@@ -105,6 +105,8 @@ def dpo(cfg: DpoConfig, run: "Run") -> ModelRef:
     else:
         check = None if loss.unpaired else partial(check_labels, loss=loss)
         pairs, held_out = offline_and_held_out(cfg, run, reference, check=check)
+    if loss.unpaired:
+        mismatched(answers_of(pairs), policy)  # an answer that finds none is told before anything is computed
     look = partial(look_at, run, reference, held_out, cfg, beta=loss.beta or 1.0, per_token=loss.per_token,
                    referenced=loss.referenced, prompts=prompts)  # fmt: skip
 
