@@ -9,8 +9,8 @@ three strengths (learning rates, the same for all; ExPO: alphas) with `--n` labe
 models answer held-out questions: true reward, KL divergence from the start model, win rate, length.
 
 First all rows have the same label calls. Then the rows of `EQUAL_TOKENS` get as many labels as make them cost what
-OAIF costs (tokens sampled, scored and trained, weighted by what a token of each takes). Last, the rows of `FAIR_JUDGE`
-have an annotator that is as noisy but does not like length: which of the first results come of that liking?
+OAIF costs (tokens sampled, scored and trained, weighted by what a token of each takes). Last, some rows in other cases:
+an annotator that does not like length, one that errs far more often, few questions.
 
 A finished row is kept in OUT/rows; the same command continues. Intervals are 95 % by Student's t over seeds. Prints,
 last, one line of JSON; all but the seconds is the same when it is run again.
@@ -23,42 +23,45 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from math import ceil
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from bake.claims import judged
-from bake.figures import KL, MIDDLE, PARTS, Part, Runs, cost, summary
+from bake.figures import CALLS, KL, PLAIN, TOKENS, Runs, cost, middle_of, summary
 
-EQUAL_TOKENS = ("dpo", "oaif-dpo", "iterative-5", "bpo-5", "dice", "optune-half", "osp", "ppo", "ca")
+EQUAL_TOKENS = ("dpo", "oaif-dpo", "bpo-5", "dice", "optune-1", "optune-half", "ppo", "ppo-scored", "fa", "ca")
 """Rows of the second comparison."""
 LIKE = "oaif-dpo"
 """The row whose cost all others get."""
-FAIR_JUDGE = ("dpo", "ipo", "slic", "oaif-dpo", "oaif-ipo", "oaif-slic", "dice", "dice-no-length", "ppo-scored", "fa")
-"""Rows of the third comparison."""
+OTHER_CASES = {
+    "fair": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "dice-no-length", "fa"),
+    "weak": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "osp", "osp-hard", "fa"),
+    "few": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "fa"),
+}
+"""Rows of the other comparisons."""
 FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
+SMALL = {"n": 480, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "fa", "ca"], "only_equal_calls": True}
 SMALL_SEEDS = 3
-SMALL = {"n": 480, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "optune-1", "optune-half"],
-         "only_equal_calls": True}  # fmt: skip
 STRONGEST = (
-    ("DICE: the length term keeps answers short", "words saved at equal KL", 0.0),
-    ("OPTune: 1.27 to 1.56 times less work", "weighted tokens, times less", 1.0),
+    ("DICE: the length term keeps answers short", "words saved at equal KL", 1),
+    ("CA over FA", "best true reward of the strengths", -1),
 )
-"""Claim, figure and what its mean over seeds is above in the small version too, or CI fails. `error_rate` says how
-often SMALL_SEEDS such seeds would have a mean below that (normal approximation).
-"""
+"""Claim, figure, and on which side of 0 its mean over seeds is in the small version too, or CI fails."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bake_off"))
+    parser.add_argument("--out", type=Path, help="runs/bake_off; of the small version runs/bake_off_small")
     parser.add_argument("--n", type=int, default=960, help="label calls of a row")
     parser.add_argument("--seeds", type=int, help="5; of the small version 3")
+    parser.add_argument("--first-seed", type=int, default=1, help="1: the world was shaped by looking at seed 0")
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument("--strengths", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only-equal-calls", action="store_true", help="leave the other two comparisons out")
+    parser.add_argument("--only-equal-calls", action="store_true", help="leave the other comparisons out")
     parser.add_argument("--small", action="store_true", help="what CI runs: the machinery and the strongest effects")
     parser.add_argument("--measure", action="store_true", help="only measure what a token costs (bake.figures.COSTS)")
     parser.add_argument("--processes", type=int, default=2, help="rows at once, of one thread each")
@@ -67,27 +70,29 @@ def main() -> None:
     if args.small:
         vars(args).update(SMALL)
     args.seeds = args.seeds or (SMALL_SEEDS if args.small else 5)
+    args.out = args.out or Path("runs/bake_off_small" if args.small else "runs/bake_off")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: they import torch
     args.out.mkdir(parents=True, exist_ok=True)
     if args.measure:
         from bake.rows import measure, prepare
 
-        print(json.dumps(measure(prepare(args.out, 0))))
+        print(json.dumps(measure(prepare(args.out, args.first_seed))))
         return
     found = compare(args)
-    for part in PARTS.values():
-        for line in found[part.claims]:
-            print(f"{part.said}: {line['claim']}: {line['figure']}: {line['difference']}: {line['verdict']}")
+    for name, one in found["comparisons"].items():
+        for line in one["claims"]:
+            print(f"{name}: {line['claim']}: {line['figure']}: {line['difference']}: {line['verdict']}")
     (args.out / "bake_off.json").write_text(json.dumps(found, indent=1) + "\n")
     if args.docs:
         from bake.page import write_page
 
-        write_page(args.docs, found, runs_of(found, PARTS["equal calls"]))
-    last = {name: value for name, value in found.items() if name not in ("start", "sanity", "said")}
-    for part in PARTS.values():
-        del last[part.rows]
+        write_page(args.docs, found, {name: runs_of(found, name) for name in found["comparisons"]})
+    first, *others = ({"methods": one["methods"], "claims": one["claims"]} for one in found["comparisons"].values())
+    names = list(found["comparisons"])[1:]
+    last = {"kl": found["kl"], "n": found["n"], "seeds": found["seeds"], **first,
+            "others": dict(zip(names, others, strict=True))}  # fmt: skip
     if args.small:
-        last["strongest"] = strongest(found["claims"])
+        last["strongest"] = strongest(first["claims"])
     print(json.dumps(last))
 
 
@@ -96,63 +101,79 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     from bake.methods import METHODS
 
     names = args.methods or list(METHODS)
-    seeds = list(range(args.seeds))
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     with ProcessPoolExecutor(
         args.processes, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread
     ) as pool:
+        every(pool, prepared, [(args.out, seed, PLAIN) for seed in seeds])
         sanity = dict(zip(seeds, every(pool, sane, [(args.out, seed) for seed in seeds]), strict=True))
-        rows = rows_of(args, pool, dict.fromkeys(names, args.n))
-        cost_alike: list[dict[str, Any]] = []
-        fairly_judged: list[dict[str, Any]] = []
+        rows = rows_of(args, pool, seeds, dict.fromkeys(names, args.n))
+        comparisons = {CALLS: rows}
         if not args.only_equal_calls:
             if LIKE in names:
                 compared = [name for name in EQUAL_TOKENS if name in names]
-                cost_alike = rows_of(args, pool, sizes_at_equal_tokens(rows, compared, args.n))
-            sizes = {name: args.n for name in FAIR_JUDGE if name in names}
-            fairly_judged = rows_of(args, pool, sizes, judge="fair")
+                comparisons[TOKENS] = rows_of(args, pool, seeds, sizes_at_equal_tokens(rows, compared, args.n))
+            for case, compared in OTHER_CASES.items():
+                sizes = {name: args.n for name in compared if name in names}
+                comparisons[case] = rows_of(args, pool, seeds, sizes, case)
     found: dict[str, Any] = {
         "kl": KL, "n": args.n, "seeds": args.seeds, "said": {name: METHODS[name].said for name in names},
-        "sanity": {name: fmean(one[name] for one in sanity.values()) for name in sanity[0] if name != "start"},
+        "sanity": {name: fmean(one[name] for one in sanity.values()) for name in sanity[seeds[0]] if name != "start"},
         "start": {str(seed): one["start"] for seed, one in sanity.items()},
+        "comparisons": {name: {"rows": its_rows} for name, its_rows in comparisons.items() if its_rows},
     }  # fmt: skip
-    for part, its_rows in zip(PARTS.values(), (rows, cost_alike, fairly_judged), strict=True):
-        found[part.rows] = its_rows
-        runs = runs_of(found, part)
-        found[part.methods] = {name: summary(one) for name, one in runs.items()}
-        found[part.claims] = judged(runs)
+    for name, one in found["comparisons"].items():
+        runs = runs_of(found, name)
+        one["methods"] = {method: summary(of_method) for method, of_method in runs.items()}
+        one["claims"] = judged(runs)
     return found
 
 
 def rows_of(
-    args: argparse.Namespace, pool: ProcessPoolExecutor, sizes: dict[str, int], judge: str = "score"
+    args: argparse.Namespace,
+    pool: ProcessPoolExecutor,
+    seeds: Sequence[int],
+    sizes: dict[str, int],
+    case: str = PLAIN,
 ) -> list[dict[str, Any]]:
-    """The rows of methods with so many labels each of the judge, of all seeds and strengths."""
-    from bake.methods import METHODS
+    """The rows of methods with so many labels each, of all seeds and strengths, in a case of `bake.methods.CASES`."""
+    from bake.methods import METHODS, REWARD_MODELS
 
-    seeds = range(args.seeds)
-    judged_by = sorted({n for name, n in sizes.items() if METHODS[name].needs == "reward-model"})
-    every(pool, reward_model_of, [(args.out, seed, n) for n in judged_by for seed in seeds])
-    jobs = [(args.out, name, seed, i, n, judge) for seed in seeds for name, n in sizes.items() for i in args.strengths]
+    # What several rows begin with is there before any of them begins.
+    every(pool, prepared, [(args.out, seed, case) for seed in seeds])
+    judged_by = sorted({(METHODS[name].needs, n) for name, n in sizes.items() if METHODS[name].needs in REWARD_MODELS})
+    every(pool, reward_model_of, [(args.out, needs, seed, n, case) for needs, n in judged_by for seed in seeds])
+    jobs = [(args.out, name, seed, i, n, case) for seed in seeds for name, n in sizes.items() for i in args.strengths]
     return every(pool, row_of, jobs)
 
 
 def strongest(claims: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Whether the strongest effects are as in the whole comparison, and how often that fails."""
+    """Whether the strongest effects are there, and how often the mean over SMALL_SEEDS such seeds would be on the other
+    side of 0, by the spread of the seeds (normal approximation: take many, others than CI's, for a figure to trust).
+    """
     found = {}
-    for claim, figure, level in STRONGEST:
-        values = next(one["by_seed"] for one in claims if (one["claim"], one["figure"]) == (claim, figure))
-        one: dict[str, Any] = {"shows": bool(values) and fmean(values) > level, "seeds": len(values)}
-        if len(values) > 1:
+    for claim, figure, side in STRONGEST:
+        values = [
+            side * value
+            for one in claims
+            if (one["claim"], one["figure"]) == (claim, figure)
+            for value in one["by_seed"]
+        ]
+        one: dict[str, Any] = {"shows": bool(values) and fmean(values) > 0, "seeds": len(values)}
+        if len(values) > 2:
             of_the_mean = NormalDist(fmean(values), stdev(values) / SMALL_SEEDS**0.5)
-            one["error_rate"] = round(of_the_mean.cdf(level), 4)
+            one["error_rate"] = round(of_the_mean.cdf(0.0), 5)
         found[f"{claim}: {figure}"] = one
     return found
 
 
-def runs_of(found: dict[str, Any], part: Part) -> dict[str, Runs]:
+def runs_of(found: dict[str, Any], comparison: str) -> dict[str, Runs]:
     """The rows of a comparison by method, in the order of the table."""
     start = {int(seed): one for seed, one in found["start"].items()}
-    by_method = {name: [row for row in found[part.rows] if row["method"] == name] for name in found["said"]}
+    by_method = {
+        name: [row for row in found["comparisons"][comparison]["rows"] if row["method"] == name]
+        for name in found["said"]
+    }
     return {name: Runs.of(rows, start) for name, rows in by_method.items() if rows}
 
 
@@ -161,15 +182,18 @@ def sizes_at_equal_tokens(rows: Sequence[dict[str, Any]], names: Sequence[str], 
     from bake.methods import BATCH
 
     def mean(name: str) -> float:
-        of_name = [row for row in rows if row["method"] == name]
-        middle = sorted({row["strength"] for row in of_name})[
-            min(MIDDLE, len({row["strength"] for row in of_name}) - 1)
-        ]
-        return fmean(cost(row) for row in of_name if row["strength"] == middle)
+        return fmean(cost(middle_of(list(of_seed))) for of_seed in by_seed(rows, name))
 
-    low, high = (n * share for share in FARTHEST)
     unit = 6 * BATCH
-    return {name: round(min(high, max(low, n * mean(LIKE) / mean(name))) / unit) * unit for name in names}
+    low, high = ceil(n * FARTHEST[0] / unit) * unit, int(n * FARTHEST[1] / unit) * unit
+    sizes = {name: min(high, max(low, round(n * mean(LIKE) / mean(name) / unit) * unit)) for name in names}
+    return sizes | {LIKE: n}
+
+
+def by_seed(rows: Sequence[dict[str, Any]], name: str) -> list[list[dict[str, Any]]]:
+    """The rows of a method, those of a seed together."""
+    of_name = [row for row in rows if row["method"] == name]
+    return [[row for row in of_name if row["seed"] == seed] for seed in sorted({row["seed"] for row in of_name})]
 
 
 def every(pool: ProcessPoolExecutor, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -200,16 +224,22 @@ def sane(out: Path, seed: int) -> dict[str, Any]:
     return sanity(prepare(out, seed), seed)
 
 
-def reward_model_of(out: Path, seed: int, n: int) -> None:
+def prepared(out: Path, seed: int, case: str) -> None:
+    from bake.rows import prepare
+
+    prepare(out, seed, case)
+
+
+def reward_model_of(out: Path, needs: str, seed: int, n: int, case: str) -> None:
     from bake.rows import prepare_reward_model
 
-    prepare_reward_model(out, seed, n)
+    prepare_reward_model(out, needs, seed, n, case)
 
 
-def row_of(out: Path, name: str, seed: int, strength: int, n: int, judge: str) -> dict[str, Any]:
+def row_of(out: Path, name: str, seed: int, strength: int, n: int, case: str) -> dict[str, Any]:
     from bake.rows import Job, run_row
 
-    return run_row(out, Job(name, seed, strength, n, judge))
+    return run_row(out, Job(name, seed, strength, n, case))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prefloop.feedback.annotator import Comparison
+from prefloop.feedback.rule import load_rule
 from prefloop.records import Prompt, Response
 from prefloop.seeds import generator
 
@@ -106,6 +108,92 @@ def test_claims_are_paired_over_seeds(claims, figures):
     assert {line["verdict"] for line in online.values()} == {"shows"}
 
 
+def rows_of(figures: ModuleType, gains: dict[int, float], **more: Any) -> Any:
+    """Runs of a method that reaches 0.5 nats at its one strength, with a gain for every seed."""
+    start = {seed: {"kl": 0.0, "reward": 0.0, "words": 5.0, "win_rate": 0.5} for seed in gains}
+    rows = [
+        {"seed": seed, "strength": 1, "kl": 0.5, "reward": gain, "words": 5.0, "win_rate": 0.5, "seconds": 1.0} | more
+        for seed, gain in gains.items()
+    ]
+    return figures.Runs.of(rows, start)
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[ModuleType]:
+    yield from _module("bake.page")
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[ModuleType]:
+    yield from _module("bake.tally")
+
+
+@pytest.fixture(scope="module")
+def bake_off() -> Iterator[ModuleType]:
+    yield from _module("bake_off")
+
+
+def test_who_is_no_worse_by_a_margin_shows_and_says_the_margin(claims, figures):
+    runs = {
+        "optune-1": rows_of(figures, {1: 0.50, 2: 0.55, 3: 0.60}, tokens_trained=300),
+        "optune-half": rows_of(figures, {1: 0.45, 2: 0.51, 3: 0.54}, tokens_trained=200),
+    }
+    same, best, saved = claims.judged(runs)
+    assert same["figure"] == "true reward at equal KL, no worse than by 0.1"
+    assert same["difference"][0] == pytest.approx(-0.05) and same["difference"][2] < 0
+    assert (same["verdict"], best["verdict"]) == ("shows", "shows")
+    assert (saved["difference"], saved["verdict"]) == ([1.5, 1.5, 1.5], "shows")
+
+
+def test_advice_names_the_best_who_is_alike_and_none_that_is_below_the_start(page, figures):
+    runs = {
+        "a": rows_of(figures, {1: 0.50, 2: 0.60, 3: 0.70}),
+        "b": rows_of(figures, {1: 0.55, 2: 0.50, 3: 0.68}),
+        "c": rows_of(figures, {1: 0.30, 2: 0.40, 3: 0.50}),
+        "d": rows_of(figures, {1: -0.30, 2: 0.10, 3: 0.10}),
+    }
+    methods = {name: figures.summary(one) for name, one in runs.items()}
+    said = {name: name.upper() for name in runs}
+    assert page.advised(list(runs), methods, said, runs) == ("A: 0.60", "4", "B")
+    assert page.advised(["c", "d"], methods, said, runs) == ("C: 0.40", "2", "none")
+    best, of, _ = page.advised(["d"], methods, said, runs)
+    assert (best, of) == ("none: the best (D: -0.03) is not told apart from the start model", "1")
+
+
+def test_at_equal_tokens_a_row_has_as_many_labels_as_the_cost_of_oaif_buys(bake_off):
+    def row(method: str, seed: int, strength: int, trained: int) -> dict[str, Any]:
+        return {"method": method, "seed": seed, "strength": strength, "tokens_trained": trained}
+
+    rows = [row("oaif-dpo", seed, strength, 1000) for seed in (1, 2) for strength in (0, 1, 2)]
+    rows += [row("dice", seed, 1, trained) for seed, trained in ((1, 1500), (2, 2500))]
+    rows += [row("dice", seed, strength, 9) for seed in (1, 2) for strength in (0, 2)]
+    rows += [row("ppo", 1, 1, 50_000), row("fa", 1, 1, 10), row("dpo", 1, 1, 800)]
+    sizes = bake_off.sizes_at_equal_tokens(rows, ["oaif-dpo", "dice", "ppo", "fa", "dpo"], 960)
+    # Batches of 6 * 16; between a quarter and twice as many.
+    assert sizes == {"oaif-dpo": 960, "dice": 480, "ppo": 288, "fa": 1920, "dpo": 1152}
+
+
+def test_strongest_effects_have_sides_and_an_error_rate(bake_off):
+    (dice, words, _), (ca, best, _) = bake_off.STRONGEST
+    lines = [{"claim": dice, "figure": words, "by_seed": [0.5, 1.0, 1.5, 1.0]},
+             {"claim": ca, "figure": best, "by_seed": [0.1, -0.2, 0.3, 0.2]}]  # fmt: skip
+    shown, other = bake_off.strongest(lines).values()
+    # Standard deviation 0.41, of a mean of three 0.24: 1.0 is 4.24 of them.
+    assert shown["shows"] and shown["error_rate"] == pytest.approx(1.1e-5, abs=5e-6)
+    assert not other["shows"] and other["error_rate"] > 0.5
+
+
+def test_label_calls_are_counted(world, tally):
+    judge = load_rule("bake.world:score")
+    prompt = Prompt.of("describe apple lantern river")
+    a, b = Response(text="green"), Response(text="well")
+    with tally.counted() as counts:
+        judge.judge([Comparison(prompt, a, b), Comparison(prompt, a, a)])
+        judge.score([(prompt, a), (prompt, b), (prompt, b)])
+    judge.score([(prompt, a)])
+    assert counts == {"label_calls": 1 + 3}
+
+
 def small(out: Path) -> dict[str, Any]:
     """The last line of the small version, as JSON."""
     done = subprocess.run([sys.executable, str(FOLDER / "bake_off.py"), "--small", "--out", str(out)],
@@ -130,3 +218,23 @@ def test_a_small_bake_off_shows_the_strongest_effects_and_can_be_run_again(tmp_p
     assert again == found
     before, after = json.loads(kept), json.loads(rows[0].read_text())
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+@pytest.mark.slow
+def test_every_comparison_runs_in_two_processes(tmp_path):
+    """What several rows begin with is made once, whoever comes first."""
+    command = [sys.executable, str(FOLDER / "bake_off.py"), "--methods", "oaif-dpo", "fa", "--n", "96", "--seeds", "2",
+               "--strengths", "1", "--out", str(tmp_path / "bake"), "--docs", str(tmp_path / "page.md")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found["others"]) == ["equal tokens", "fair", "weak", "few"]
+    for part in (found, *found["others"].values()):
+        assert set(part["methods"]) == {"oaif-dpo", "fa"} and part["methods"]["fa"]["seeds"] == 2
+    assert found["methods"]["fa"]["label_calls"] == 96
+    data = tmp_path / "bake/data"
+    few = {json.loads(line)["prompt"] for line in (data / "seed-1-few/pairs.jsonl").read_text().splitlines()[:960]}
+    plain = {json.loads(line)["prompt"] for line in (data / "seed-1-plain/pairs.jsonl").read_text().splitlines()[:960]}
+    assert len(few) <= 120 and len(plain) == 960 and few <= plain
+    text = (tmp_path / "page.md").read_text()
+    assert "## A weak judge" in text and "| few questions |" in text

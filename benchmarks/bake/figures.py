@@ -21,21 +21,13 @@ MIDDLE = 1
 """The strength whose costs are shown."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A comparison: what it is called, and where its rows and figures stand among all figures."""
-
-    said: str
-    rows: str
-    methods: str
-    claims: str
+def middle_of(rows: Sequence[Row]) -> Row:
+    """That of the middle strength; the last where it was not run."""
+    return next((row for row in rows if row["strength"] == MIDDLE), rows[-1])
 
 
-PARTS = {
-    "equal calls": Part("equal label calls", "rows", "methods", "claims"),
-    "equal tokens": Part("equal tokens", "rows_at_equal_tokens", "equal_tokens", "claims_at_equal_tokens"),
-    "fair judge": Part("a fair judge", "rows_with_a_fair_judge", "fair_judge", "claims_with_a_fair_judge"),
-}
+CALLS, TOKENS, PLAIN = "equal calls", "equal tokens", "plain"
+"""Two comparisons, and their case; the other comparisons are named by theirs."""
 
 
 def cost(row: Row) -> float:
@@ -66,7 +58,7 @@ class Runs:
 
     def middle(self, seed: int, name: str) -> float:
         """At the middle strength; `name` may be "cost"."""
-        row = self.rows[seed][min(MIDDLE, len(self.rows[seed]) - 1)]
+        row = middle_of(self.rows[seed])
         return cost(row) if name == "cost" else row.get(name, 0)
 
     def all(self, figure: Callable[[int], float | None]) -> list[float | None]:

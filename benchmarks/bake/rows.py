@@ -8,12 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import prefloop
 from bake import world
-from bake.methods import COMPUTE, JUDGES, METHODS, RATES, REWARD_RATE, SAMPLING, Setting, reward_model
+from bake.figures import PLAIN
+from bake.methods import (
+    CASES,
+    COMPUTE,
+    METHODS,
+    RATES,
+    REWARD_MODELS,
+    REWARD_RATE,
+    SAMPLING,
+    Setting,
+    reward_model,
+)
 from bake.tally import counted
 from prefloop.atomic import write_atomically
 from prefloop.cli import COMMANDS
@@ -30,32 +43,38 @@ PAIRS = 1920
 """Offline pairs of a seed; a row takes the first n."""
 HELD_OUT, PER_PROMPT = 512, 2
 """Questions that every model is looked at with, and its answers to each."""
-WORLD = sha256(Path(world.__file__).read_text())
+HERE = Path(__file__).parent
+CODE = [*Path(prefloop.__file__).parent.rglob("*.py"), *HERE.glob("*.py"), HERE.with_name("small_world.py")]
+SHOWN = ("claims.py", "figures.py", "page.py")
+"""They say what came of rows; no row depends on them."""
+MADE_BY = sha256("".join(file.read_text() for file in sorted(CODE) if file.name not in SHOWN))
+"""What rows are made by: those of another state of the code are made anew."""
 WATCHED = 8
 """Questions that recipes want to look at models with; nothing depends on them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row: `method` at strength `strength` (0, 1, 2) with `n` labels of `judge`."""
+    """A row: `method` at strength `strength` (0, 1, 2) with `n` labels, in a case of `CASES`."""
 
     method: str
     seed: int
     strength: int
     n: int
-    judge: str = "score"
+    case: str = PLAIN
 
     @property
     def name(self) -> str:
-        return f"{self.method}-n{self.n}-seed{self.seed}-{self.strength}-{self.judge}"
+        return f"{self.method}-n{self.n}-seed{self.seed}-{self.strength}-{self.case}"
 
 
-def prepare(out: Path, seed: int, judge: str = "score") -> Path:
-    """The folder of a seed and a judge: start model, questions, pairs and answers of the start model. What is there of
-    this world is taken, what is there of another one is made anew.
+def prepare(out: Path, seed: int, case: str = PLAIN) -> Path:
+    """The folder of a seed and a case: start model, questions, pairs and answers of the start model. What is there of
+    this world is taken, what is there of another one is made anew. Questions and held-out questions are those of the
+    seed in every case.
     """
-    data = out / "data" / f"seed-{seed}-{judge}"
-    if (data / "inputs.json").is_file() and json.loads((data / "inputs.json").read_text())["world"] == WORLD:
+    data = out / "data" / f"seed-{seed}-{case}"
+    if (data / "inputs.json").is_file() and json.loads((data / "inputs.json").read_text())["made_by"] == MADE_BY:
         return data
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
@@ -63,15 +82,23 @@ def prepare(out: Path, seed: int, judge: str = "score") -> Path:
     asked = [Prompt.of(text) for text in world.questions(PAIRS * 11 // 10 + HELD_OUT + WATCHED, "seed", seed)]
     held_out, watched, training = asked[:HELD_OUT], asked[HELD_OUT : HELD_OUT + WATCHED], asked[HELD_OUT + WATCHED :]
 
-    drawn = sample(start, training, k=2, sampling=SAMPLING, seed=seed, compute=COMPUTE, engine="transformers")
+    annotator = load_rule(CASES[case].annotator.removeprefix("rule:"))
+    training = training[: CASES[case].questions]
+    each = ceil(PAIRS * 11 // 10 / len(training))
+    drawn = sample(start, training, k=2 * each, sampling=SAMPLING, seed=seed, compute=COMPUTE, engine="transformers")
+    twos = [
+        group.model_copy(update={"responses": group.responses[2 * i : 2 * i + 2]})
+        for i in range(each)
+        for group in drawn
+    ]
     # An empty answer is no row of a file: its question is left out.
-    groups = [group for group in drawn if all(response.text for response in group.responses)]
-    pairs: list[Pair] = annotate(groups, load_rule(JUDGES[judge].removeprefix("rule:")))[:PAIRS]
-    by_prompt = {group.prompt.id: group for group in groups}
-    groups = [by_prompt[pair.prompt.id] for pair in pairs]
+    groups = [group for group in twos if all(response.text for response in group.responses)]
+    pairs: list[Pair] = annotate(groups, annotator)[:PAIRS]
+    of_texts = {(group.prompt.id, frozenset(one.text for one in group.responses)): group for group in groups}
+    groups = [of_texts[pair.prompt.id, frozenset(one.text for one in pair.responses)] for pair in pairs]
     _write(data / "pairs.jsonl", [_texts(pair) for pair in pairs])
     _write(data / "answers.jsonl", groups)
-    _write(data / "prompts.jsonl", [pair.prompt for pair in pairs])
+    _write(data / "prompts.jsonl", list({pair.prompt.id: pair.prompt for pair in pairs}.values()))
     _write(data / "watched.jsonl", watched)
     best = [(prompt.messages[-1].content, world.best_answer(prompt.messages[-1].content)) for prompt in watched]
     rows = [{"prompt": asked, "chosen": said, "rejected": "well"} for asked, said in best]
@@ -79,7 +106,7 @@ def prepare(out: Path, seed: int, judge: str = "score") -> Path:
     _write(data / "held_out.jsonl", held_out)
     _write(data / "start_answers.jsonl", answers_of(start, held_out, seed))
     tokens = [sum(response.length_tokens for response in group.responses) for group in groups]
-    write_atomically(data / "inputs.json", json.dumps({"world": WORLD, "tokens_sampled": tokens}))
+    write_atomically(data / "inputs.json", json.dumps({"made_by": MADE_BY, "tokens_sampled": tokens}))
     return data
 
 
@@ -92,19 +119,19 @@ def _write(file: Path, rows: Sequence[Record | dict[str, str]]) -> None:
     write_atomically(file, "".join(line + "\n" for line in lines))
 
 
-def reward_model_config(data: Path, seed: int, n: int, judge: str) -> Config:
-    return reward_model(Setting(data=data, seed=seed, n=n, rate=REWARD_RATE, strength=0, judge=judge))
+def reward_model_config(data: Path, needs: str, seed: int, n: int, case: str) -> Config:
+    return reward_model(Setting(data=data, seed=seed, n=n, rate=REWARD_RATE, strength=0, case=CASES[case]), needs)
 
 
 def key_of(out: Path, *configs: Config) -> str:
     """Of what a row's figures depend on; where it lies is none of it."""
-    return sha256(json.dumps([WORLD, *(cfg.to_yaml().replace(str(out), "") for cfg in configs)]))
+    return sha256(json.dumps([MADE_BY, *(cfg.to_yaml().replace(str(out), "") for cfg in configs)]))
 
 
-def prepare_reward_model(out: Path, seed: int, n: int, judge: str = "score") -> None:
-    """The reward model of n pairs, and what it took."""
-    data = prepare(out, seed, judge)
-    folder, cfg = data / f"reward-model-{n}", reward_model_config(data, seed, n, judge)
+def prepare_reward_model(out: Path, needs: str, seed: int, n: int, case: str = PLAIN) -> None:
+    """The reward model of n pairs, and what it took. `needs`: which of `REWARD_MODELS`."""
+    data = prepare(out, seed, case)
+    folder, cfg = data / f"{needs}-{n}", reward_model_config(data, needs, seed, n, case)
     file, key = folder / "counts.json", key_of(out, cfg)
     if file.is_file() and json.loads(file.read_text())["key"] == key:
         return
@@ -114,20 +141,21 @@ def prepare_reward_model(out: Path, seed: int, n: int, judge: str = "score") -> 
 
 def run_row(out: Path, job: Job) -> dict[str, Any]:
     """The row's figures; of a row that has them already, those. One that was stopped midway begins again."""
-    data = prepare(out, job.seed, job.judge)
+    data = prepare(out, job.seed, job.case)
     method = METHODS[job.method]
     rate = RATES[job.strength] * method.pace
-    setting = Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength, judge=job.judge)
+    setting = Setting(data=data, seed=job.seed, n=job.n, rate=rate, strength=job.strength, case=CASES[job.case])
     cfg = method.config(setting)
-    judges = [reward_model_config(data, job.seed, job.n, job.judge)] if method.needs == "reward-model" else []
+    judged = method.needs in REWARD_MODELS
+    judges = [reward_model_config(data, method.needs, job.seed, job.n, job.case)] if judged else []
     key = key_of(out, cfg, *judges)
     file = out / "rows" / f"{job.name}.json"
     if file.is_file():
         known = json.loads(file.read_text())
         if known["key"] == key:
             return known
-    if method.needs == "reward-model":
-        prepare_reward_model(out, job.seed, job.n, job.judge)
+    if judged:
+        prepare_reward_model(out, method.needs, job.seed, job.n, job.case)
     folder = out / "runs" / job.name
     model, counts, seconds = run_recipe(method.recipe, cfg, folder)
     for name, n in inputs(data, job.n, cfg, method.needs).items():
@@ -172,8 +200,8 @@ def inputs(data: Path, n: int, cfg: Any, needs: str) -> dict[str, int]:
     file = cfg.data if needs == "answers" else getattr(cfg, "pairs", "") or data / f"pairs-{n}.jsonl"
     used = len(Path(file).read_text().splitlines())
     taken = {"tokens_sampled": sum(tokens[:used]), "label_calls": 0 if needs == "answers" else used}
-    if needs == "reward-model":
-        for name, more in json.loads((data / f"reward-model-{n}" / "counts.json").read_text())["counts"].items():
+    if needs in REWARD_MODELS:
+        for name, more in json.loads((data / f"{needs}-{n}" / "counts.json").read_text())["counts"].items():
             taken[name] = taken.get(name, 0) + more
     return taken
 
@@ -183,8 +211,8 @@ def answers_of(model: ModelRef, held_out: Sequence[Prompt], seed: int) -> list[G
 
 
 def look(data: Path, model: ModelRef, seed: int) -> dict[str, float]:
-    """The model on held-out questions: true reward, annotator's expected score, KL divergence from the start model in
-    nats an answer, win rate against the start model's answers by the truth, words, finished answers.
+    """The model on held-out questions: true reward, KL divergence from the start model in nats an answer, win rate
+    against the start model's answers by the truth, words.
     """
     from prefloop.train.reference import logps_under
 
@@ -197,14 +225,11 @@ def look(data: Path, model: ModelRef, seed: int) -> dict[str, float]:
     ours, theirs = (logps_under(ref, items, compute=COMPUTE) for ref in (model, start))
     rewards = [world.truth(group.prompt, response) for group in after for response in group.responses]
     old = [world.truth(group.prompt, response) for group in before for response in group.responses]
-    responses = [(group.prompt, response) for group in after for response in group.responses]
     return {
         "reward": fmean(rewards),
-        "score": fmean(world.expected_score(*one) for one in responses),
         "kl": fmean(a - b for own, start in zip(ours, theirs, strict=True) for a, b in zip(own, start, strict=True)),
         "win_rate": fmean((a > b) + (a == b) / 2 for a, b in zip(rewards, old, strict=True)),
-        "words": fmean(len(response.text.split()) for _, response in responses),
-        "finished": fmean(response.finish_reason == "stop" for _, response in responses),
+        "words": fmean(len(response.text.split()) for group in after for response in group.responses),
     }
 
 
@@ -233,10 +258,12 @@ def sanity(data: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"best_of_{OF}_by_{name}_{figure}": value for name, by in kinds.items()
                              for figure, value in best(by).items()}  # fmt: skip
     pairs = [(g.prompt, *g.responses[:2]) for g in groups]
-    agree = [(world.truth(p, a) > world.truth(p, b)) == (world.score(p, a) > world.score(p, b)) for p, a, b in pairs
-             if world.truth(p, a) != world.truth(p, b)]  # fmt: skip
+    judges = {"": world.score, "_of_the_fair": world.fair_score, "_of_the_weak": world.weak_score}
+    for name, judge in judges.items():
+        found[f"agreement{name}"] = fmean((world.truth(p, a) > world.truth(p, b)) == (judge(p, a) > judge(p, b))
+                                          for p, a, b in pairs if world.truth(p, a) != world.truth(p, b))  # fmt: skip
     oracle = [(p, Response(text=world.best_answer(p.messages[-1].content))) for p in held_out]
-    found |= {"oracle_reward": fmean(world.truth(*one) for one in oracle), "agreement": fmean(agree),
+    found |= {"oracle_reward": fmean(world.truth(*one) for one in oracle),
               "oracle_words": fmean(len(response.text.split()) for _, response in oracle),
               "start": look(data, start, seed)}  # fmt: skip
     write_atomically(file, json.dumps(found))
@@ -253,7 +280,7 @@ def measure(data: Path) -> dict[str, float]:
     from prefloop.train.online import OnlineLearner
 
     start = ModelRef.of(data / "start", name="start")
-    setting = Setting(data=data, seed=0, n=480, rate=RATES[0], strength=0, judge="score")
+    setting = Setting(data=data, seed=0, n=480, rate=RATES[0], strength=0, case=CASES[PLAIN])
     learner = Learner(start, [], objective=PairObjective(parse_loss("dpo")), config=setting.train(30), compute=COMPUTE,
                       seed=0)  # fmt: skip
     online = OnlineLearner(learner)

@@ -47,6 +47,8 @@ WRONG, WORD, SILENCE = 1.0, 0.15, 1.0
 """What they cost."""
 LENGTH_BIAS, NOISE = 0.2, 0.5
 """Of the annotator: a word, and the scale of the logistic noise of a comparison."""
+WEAK_NOISE = 2.0
+"""Of another one."""
 
 
 def facts_of(thing: int) -> tuple[str, str]:
@@ -101,11 +103,11 @@ def expected_score(prompt: Prompt, response: Response) -> float:
     return truth(prompt, response) + LENGTH_BIAS * len(response.text.split())
 
 
-def noise(prompt: Prompt, response: Response) -> float:
-    """The annotator's, of an answer: a Gumbel variable of scale `NOISE`."""
+def noise(prompt: Prompt, response: Response, scale: float = NOISE) -> float:
+    """The annotator's, of an answer: a Gumbel variable."""
     text = f"{prompt.messages[-1].content}\x1f{response.text}"
     u = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") + 0.5) / 2**48
-    return -NOISE * math.log(-math.log(u))
+    return -scale * math.log(-math.log(u))
 
 
 def score(prompt: Prompt, response: Response) -> float:
@@ -116,6 +118,11 @@ def score(prompt: Prompt, response: Response) -> float:
 def fair_score(prompt: Prompt, response: Response) -> float:
     """Another one, with the same noise, that does not like length: `rule:bake.world:fair_score`."""
     return truth(prompt, response) + noise(prompt, response)
+
+
+def weak_score(prompt: Prompt, response: Response) -> float:
+    """Another one, that likes the same and errs far more often: `rule:bake.world:weak_score`."""
+    return expected_score(prompt, response) + noise(prompt, response, WEAK_NOISE)
 
 
 def start_model(folder: Path, *, seed: int, steps: int = 350, batch: int = 64) -> Path:
