@@ -36,11 +36,13 @@ EQUAL_TOKENS = ("dpo", "oaif-dpo", "bpo-5", "dice", "optune-1", "optune-half", "
 LIKE = "oaif-dpo"
 """The row whose cost all others get."""
 OTHER_CASES = {
-    "fair": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "dice-no-length", "fa"),
-    "weak": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "osp", "osp-hard", "fa"),
-    "few": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "dice", "fa"),
+    "fair": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "fa"),
+    "weak": ("ipo", "oaif-ipo", "osp", "osp-hard", "fa"),
+    "few": ("dpo", "ipo", "oaif-dpo", "oaif-ipo", "fa"),
 }
 """Rows of the other comparisons."""
+OTHER_STRENGTHS = (1, 2)
+"""Theirs: the two that are around the place of comparison."""
 FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
@@ -115,7 +117,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 comparisons[TOKENS] = rows_of(args, pool, seeds, sizes_at_equal_tokens(rows, compared, args.n))
             for case, compared in OTHER_CASES.items():
                 sizes = {name: args.n for name in compared if name in names}
-                comparisons[case] = rows_of(args, pool, seeds, sizes, case)
+                comparisons[case] = rows_of(args, pool, seeds, sizes, case, OTHER_STRENGTHS)
     found: dict[str, Any] = {
         "kl": KL, "n": args.n, "seeds": args.seeds, "said": {name: METHODS[name].said for name in names},
         "sanity": {name: fmean(one[name] for one in sanity.values()) for name in sanity[seeds[0]] if name != "start"},
@@ -135,6 +137,7 @@ def rows_of(
     seeds: Sequence[int],
     sizes: dict[str, int],
     case: str = PLAIN,
+    strengths: Sequence[int] = (0, 1, 2),
 ) -> list[dict[str, Any]]:
     """The rows of methods with so many labels each, of all seeds and strengths, in a case of `bake.methods.CASES`."""
     from bake.methods import METHODS, REWARD_MODELS
@@ -143,7 +146,8 @@ def rows_of(
     every(pool, prepared, [(args.out, seed, case) for seed in seeds])
     judged_by = sorted({(METHODS[name].needs, n) for name, n in sizes.items() if METHODS[name].needs in REWARD_MODELS})
     every(pool, reward_model_of, [(args.out, needs, seed, n, case) for needs, n in judged_by for seed in seeds])
-    jobs = [(args.out, name, seed, i, n, case) for seed in seeds for name, n in sizes.items() for i in args.strengths]
+    strengths = [i for i in args.strengths if i in strengths] or args.strengths
+    jobs = [(args.out, name, seed, i, n, case) for seed in seeds for name, n in sizes.items() for i in strengths]
     return every(pool, row_of, jobs)
 
 
