@@ -46,7 +46,7 @@ OTHER_STRENGTHS = (1, 2)
 FARTHEST = (0.25, 2.0)
 """Of the label calls: how far the second comparison departs from the first one's."""
 
-SMALL = {"n": 480, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "fa", "ca"], "only_equal_calls": True}
+SMALL = {"n": 672, "strengths": [1, 2], "methods": ["dice", "dice-no-length", "fa", "ca"], "only_equal_calls": True}
 SMALL_SEEDS = 3
 STRONGEST = (
     ("DICE: the length term keeps answers short", "words saved at equal KL", 1),
@@ -127,7 +127,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for name, one in found["comparisons"].items():
         runs = runs_of(found, name)
         one["methods"] = {method: summary(of_method) for method, of_method in runs.items()}
-        one["claims"] = judged(runs)
+        one["claims"] = judged(runs, costs=name != TOKENS)
     return found
 
 

@@ -233,8 +233,10 @@ def test_every_comparison_runs_in_two_processes(tmp_path):
         assert set(part["methods"]) == {"oaif-dpo", "fa"} and part["methods"]["fa"]["seeds"] == 2
     assert found["methods"]["fa"]["label_calls"] == 96
     data = tmp_path / "bake/data"
-    few = {json.loads(line)["prompt"] for line in (data / "seed-1-few/pairs.jsonl").read_text().splitlines()[:960]}
-    plain = {json.loads(line)["prompt"] for line in (data / "seed-1-plain/pairs.jsonl").read_text().splitlines()[:960]}
-    assert len(few) <= 120 and len(plain) == 960 and few <= plain
+    few, plain = (
+        {json.loads(line)["prompt"] for line in (data / f"seed-1-{case}/pairs.jsonl").read_text().splitlines()[:960]}
+        for case in ("few", "plain")
+    )
+    assert (len(few), len(plain)) == (120, 960)
     text = (tmp_path / "page.md").read_text()
     assert "## A weak judge" in text and "| few questions |" in text
