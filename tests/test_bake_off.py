@@ -240,3 +240,11 @@ def test_every_comparison_runs_in_two_processes(tmp_path):
     assert (len(few), len(plain)) == (120, 960)
     text = (tmp_path / "page.md").read_text()
     assert "## A weak judge" in text and "| few questions |" in text
+
+
+@pytest.mark.slow
+def test_counting_first_thing_in_a_process_leaves_the_proof_of_a_training_counted():
+    imported = "from bake.tally import counted\nwith counted(): import prefloop.train.learner as learner\n"
+    said = imported + "print(hasattr(learner.choose_path, '__wrapped__'))"
+    done = subprocess.run([sys.executable, "-c", said], cwd=FOLDER, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
