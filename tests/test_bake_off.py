@@ -4,15 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+import bake_off
+from bake import claims, figures, page, tally, world
 from prefloop.feedback.annotator import Comparison
 from prefloop.feedback.rule import load_rule
 from prefloop.records import Prompt, Response
@@ -21,28 +20,7 @@ from prefloop.seeds import generator
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[ModuleType]:
-    yield from _module("bake.world")
-
-
-@pytest.fixture(scope="module")
-def figures() -> Iterator[ModuleType]:
-    yield from _module("bake.figures")
-
-
-@pytest.fixture(scope="module")
-def claims() -> Iterator[ModuleType]:
-    yield from _module("bake.claims")
-
-
-def _module(name: str) -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield import_module(name)
-
-
-def test_truth_counts_facts_once_and_charges_for_words(world):
+def test_truth_counts_facts_once_and_charges_for_words():
     prompt = Prompt.of("describe apple lantern river")
 
     def reward(text: str) -> float:
@@ -57,14 +35,14 @@ def test_truth_counts_facts_once_and_charges_for_words(world):
     assert reward(world.best_answer("describe apple lantern river")) == pytest.approx(6 * 0.85)
 
 
-def test_padding_pays_with_the_annotator_and_loses_by_the_truth(world):
+def test_padding_pays_with_the_annotator_and_loses_by_the_truth():
     prompt = Prompt.of("describe apple lantern river")
     short, long = Response(text="green"), Response(text="green" + " well" * 20)
     assert world.truth(prompt, long) - world.truth(prompt, short) == pytest.approx(-0.15 * 20)
     assert world.expected_score(prompt, long) - world.expected_score(prompt, short) == pytest.approx(0.05 * 20)
 
 
-def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
+def test_the_annotator_prefers_with_the_bradley_terry_probability():
     prompt = Prompt.of("describe apple lantern river")
     won = [
         world.score(prompt, Response(text=f"green cheap unknown{i}")) > world.score(prompt, Response(text=f"green {i}"))
@@ -75,7 +53,7 @@ def test_the_annotator_prefers_with_the_bradley_terry_probability(world):
     assert abs(np.mean(won) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(won))
 
 
-def test_answers_end_within_the_limit(world):
+def test_answers_end_within_the_limit():
     rng, asked = generator(0, "test"), world.questions(1, "test")[0]
     lengths = [len(world.answer(asked, rng).split()) for _ in range(3000)]
     assert max(lengths) <= world.MAX_NEW_TOKENS - 1
@@ -83,15 +61,15 @@ def test_answers_end_within_the_limit(world):
     assert np.mean(lengths) == pytest.approx((1 - 0.7**23) / 0.3, abs=4 * 2.8 / math.sqrt(3000))
 
 
-def test_reward_at_a_kl_is_straight_over_its_root(figures):
+def test_reward_at_a_kl_is_straight_over_its_root():
     points = [(0.0, 1.0), (1.0, 3.0), (9.0, 1.0)]
     assert [figures.at(kl, points) for kl in (0.25, 1.0, 4.0, 9.0, 10.0)] == [2.0, 3.0, 2.0, 1.0, None]
 
 
-def test_claims_are_paired_over_seeds(claims, figures):
+def test_claims_are_paired_over_seeds():
     start = {seed: {"kl": 0.0, "reward": float(seed), "words": 5.0, "win_rate": 0.5} for seed in range(3)}
 
-    def runs(gain: float) -> object:
+    def runs(gain: float) -> figures.Runs:
         rows = [
             {"seed": seed, "strength": 0, "kl": 9.0, "reward": seed + gain + 0.01 * seed, "words": 5.0, "win_rate": 0.5}
             for seed in range(3)
@@ -108,7 +86,7 @@ def test_claims_are_paired_over_seeds(claims, figures):
     assert {line["verdict"] for line in online.values()} == {"shows"}
 
 
-def rows_of(figures: ModuleType, gains: dict[int, float], **more: Any) -> Any:
+def rows_of(gains: dict[int, float], **more: Any) -> figures.Runs:
     """Runs of a method that reaches 0.5 nats at its one strength, with a gain for every seed."""
     start = {seed: {"kl": 0.0, "reward": 0.0, "words": 5.0, "win_rate": 0.5} for seed in gains}
     rows = [
@@ -118,25 +96,10 @@ def rows_of(figures: ModuleType, gains: dict[int, float], **more: Any) -> Any:
     return figures.Runs.of(rows, start)
 
 
-@pytest.fixture(scope="module")
-def page() -> Iterator[ModuleType]:
-    yield from _module("bake.page")
-
-
-@pytest.fixture(scope="module")
-def tally() -> Iterator[ModuleType]:
-    yield from _module("bake.tally")
-
-
-@pytest.fixture(scope="module")
-def bake_off() -> Iterator[ModuleType]:
-    yield from _module("bake_off")
-
-
-def test_who_is_no_worse_by_a_margin_shows_and_says_the_margin(claims, figures):
+def test_who_is_no_worse_by_a_margin_shows_and_says_the_margin():
     runs = {
-        "optune-1": rows_of(figures, {1: 0.50, 2: 0.55, 3: 0.60}, tokens_trained=300),
-        "optune-half": rows_of(figures, {1: 0.45, 2: 0.51, 3: 0.54}, tokens_trained=200),
+        "optune-1": rows_of({1: 0.50, 2: 0.55, 3: 0.60}, tokens_trained=300),
+        "optune-half": rows_of({1: 0.45, 2: 0.51, 3: 0.54}, tokens_trained=200),
     }
     same, best, saved = claims.judged(runs)
     assert same["figure"] == "true reward at equal KL, no worse than by 0.1"
@@ -145,12 +108,12 @@ def test_who_is_no_worse_by_a_margin_shows_and_says_the_margin(claims, figures):
     assert (saved["difference"], saved["verdict"]) == ([1.5, 1.5, 1.5], "shows")
 
 
-def test_advice_names_the_best_who_is_alike_and_none_that_is_below_the_start(page, figures):
+def test_advice_names_the_best_who_is_alike_and_none_that_is_below_the_start():
     runs = {
-        "a": rows_of(figures, {1: 0.50, 2: 0.60, 3: 0.70}),
-        "b": rows_of(figures, {1: 0.55, 2: 0.50, 3: 0.68}),
-        "c": rows_of(figures, {1: 0.30, 2: 0.40, 3: 0.50}),
-        "d": rows_of(figures, {1: -0.30, 2: 0.10, 3: 0.10}),
+        "a": rows_of({1: 0.50, 2: 0.60, 3: 0.70}),
+        "b": rows_of({1: 0.55, 2: 0.50, 3: 0.68}),
+        "c": rows_of({1: 0.30, 2: 0.40, 3: 0.50}),
+        "d": rows_of({1: -0.30, 2: 0.10, 3: 0.10}),
     }
     methods = {name: figures.summary(one) for name, one in runs.items()}
     said = {name: name.upper() for name in runs}
@@ -160,7 +123,7 @@ def test_advice_names_the_best_who_is_alike_and_none_that_is_below_the_start(pag
     assert (best, of) == ("none: the best (D: -0.03) is not told apart from the start model", "1")
 
 
-def test_at_equal_tokens_a_row_has_as_many_labels_as_the_cost_of_oaif_buys(bake_off):
+def test_at_equal_tokens_a_row_has_as_many_labels_as_the_cost_of_oaif_buys():
     def row(method: str, seed: int, strength: int, trained: int) -> dict[str, Any]:
         return {"method": method, "seed": seed, "strength": strength, "tokens_trained": trained}
 
@@ -173,7 +136,7 @@ def test_at_equal_tokens_a_row_has_as_many_labels_as_the_cost_of_oaif_buys(bake_
     assert sizes == {"oaif-dpo": 960, "dice": 480, "ppo": 288, "fa": 1920, "dpo": 1152}
 
 
-def test_strongest_effects_have_sides_and_an_error_rate(bake_off):
+def test_strongest_effects_have_sides_and_an_error_rate():
     (dice, words, _), (ca, best, _) = bake_off.STRONGEST
     lines = [{"claim": dice, "figure": words, "by_seed": [0.5, 1.0, 1.5, 1.0]},
              {"claim": ca, "figure": best, "by_seed": [0.1, -0.2, 0.3, 0.2]}]  # fmt: skip
@@ -183,7 +146,7 @@ def test_strongest_effects_have_sides_and_an_error_rate(bake_off):
     assert not other["shows"] and other["error_rate"] > 0.5
 
 
-def test_label_calls_are_counted(world, tally):
+def test_label_calls_are_counted():
     judge = load_rule("bake.world:score")
     prompt = Prompt.of("describe apple lantern river")
     a, b = Response(text="green"), Response(text="well")
@@ -212,8 +175,8 @@ def test_a_small_bake_off_shows_the_strongest_effects_and_can_be_run_again(tmp_p
     kept = rows[0].read_text()
     rows[0].unlink()
     again = small(tmp_path / "bake")
-    for figures in (found, again):
-        for one in figures["methods"].values():
+    for run in (found, again):
+        for one in run["methods"].values():
             del one["seconds"]
     assert again == found
     before, after = json.loads(kept), json.loads(rows[0].read_text())

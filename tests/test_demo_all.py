@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.demo_all import log_of, main
 
+from demo_all import log_of, main
 from prefloop import cli
 from tests.tiny import save_tiny_model
 

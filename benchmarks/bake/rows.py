@@ -78,7 +78,11 @@ def prepare(out: Path, seed: int, case: str = PLAIN) -> Path:
         return data
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
-    start = ModelRef.of(world.start_model(data / "start", seed=seed), name="start")
+    if case == PLAIN:
+        world.start_model(data / "start", seed=seed)
+    else:  # a case is of questions and a judge; the model is that of the seed
+        shutil.copytree(prepare(out, seed) / "start", data / "start")
+    start = ModelRef.of(data / "start", name="start")
     asked = [Prompt.of(text) for text in world.questions(PAIRS * 11 // 10 + HELD_OUT + WATCHED, "seed", seed)]
     held_out, watched, training = asked[:HELD_OUT], asked[HELD_OUT : HELD_OUT + WATCHED], asked[HELD_OUT + WATCHED :]
 
