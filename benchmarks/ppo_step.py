@@ -6,7 +6,8 @@ the update; and the peak memory with policy, reference, values and a reward mode
 
 Each step does what `prefloop ppo` does, by the recipe's own functions, on prompts of a workload (`workloads.py`). The
 reward model is made from the same language model with a random head: what it prefers does not matter for the time. Not
-counted: imports, loading, and the first step, which is warm-up. Each configuration is a process of its own, so that
+counted: imports, loading, checkpoints, records, and the first step, which is warm-up. With LoRA, policy, reference and
+values share one base; the reward model is a whole model in both configurations. Each configuration is a process of its own, so that
 its peak memory is its own. Prints, last, one line of JSON.
 """
 
@@ -109,6 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.batch, args.max_new_tokens, args.epochs = 2, 2, 16, 2
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: expected 2 or more, the first is warm-up")
     if args.alone:
         print(json.dumps(run(args)))
         return

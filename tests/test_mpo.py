@@ -10,8 +10,9 @@ import pytest
 from prefloop.errors import CheckFailed, InputError
 from prefloop.pairs.margins import Split, find_split
 from prefloop.recipes import ppo
+from prefloop.recipes.dpo import DpoConfig, dpo
 from prefloop.recipes.mpo import Easy, MpoConfig, mpo
-from prefloop.recipes.ppo import Ppo
+from prefloop.recipes.ppo import Ppo, PpoConfig
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Pair, Prompt, Response
 from prefloop.run import Run
@@ -172,15 +173,31 @@ def test_a_killed_run_ends_in_the_same_bytes(
         assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("threshold", "there", "not_there"), [(-99.0, 1, 2), (99.0, 2, 1)])
-def test_at_its_limits_it_is_dpo_or_ppo(
-    cfg: MpoConfig, tmp_path: Path, threshold: float, there: int, not_there: int
-) -> None:
-    run, stages = run_mpo(cfg.replace(threshold=threshold), tmp_path / "run")
-    assert f"round-{there}/model" in stages and f"round-{not_there}/model" not in stages
-    if there == 2:  # plain PPO: its reference is the start
+@pytest.mark.parametrize("limit", ["dpo", "ppo"])
+def test_at_its_limits_it_is_dpo_or_ppo_to_the_bit(cfg: MpoConfig, tmp_path: Path, limit: str) -> None:
+    cfg = cfg.replace(threshold=-99.0 if limit == "dpo" else 99.0, beta=0.3, easy__beta=0.2, ppo__clip=0.1)
+    run, stages = run_mpo(cfg, tmp_path / "mpo")
+    shared = {name: getattr(cfg, name) for name in ("policy", "sampling", "look_at", "compute", "engine", "held_out")}
+    if limit == "dpo":
+        assert "round-1/model" in stages and "round-2/model" not in stages
+        alone = DpoConfig(**shared, pairs=cfg.pairs, beta=0.2, train=cfg.easy.train)
+        with Run.open(tmp_path / "alone", recipe="dpo", config=alone) as other:
+            dpo(alone, other)
+    else:
+        assert "round-2/model" in stages and "round-1/model" not in stages
         rows = [json.loads(line) for line in (run / "round-2/model/training_log.jsonl").read_text().splitlines()]
-        assert rows[1]["kl"] == pytest.approx(rows[1]["kl_start"], abs=1e-4)
+        assert rows[1]["kl"] == rows[1]["kl_start"] != 0.0  # its reference is the start
+        prompts = tmp_path / "prompts.jsonl"
+        lines = [json.loads(line)["prompt"] for line in Path(cfg.pairs).read_text().splitlines()]
+        prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in lines))
+        held_out = tmp_path / "held_out.jsonl"
+        held_out.write_text(json.dumps({"prompt": "Another?"}) + "\n")
+        plain = PpoConfig(**{**shared, "held_out": str(held_out)}, prompts=str(prompts), annotator=cfg.annotator,
+                          beta=0.3, ppo=cfg.ppo, train=cfg.train)  # fmt: skip
+        with Run.open(tmp_path / "alone", recipe="ppo", config=plain) as other:
+            ppo.ppo(plain, other)
+    found, expected = (tmp_path / name / "model/model.safetensors" for name in ("mpo", "alone"))
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_computed(cfg: MpoConfig, tmp_path: Path) -> None:

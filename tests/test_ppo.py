@@ -5,7 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.registry import load_annotator
@@ -20,7 +23,17 @@ from prefloop.report.story import read_story
 from prefloop.run import Run, Stage
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
-from prefloop.train.ppo import ActorCritic, adapted
+from prefloop.train.logprobs import response_logps
+from prefloop.train.packing import TokenGroup
+from prefloop.train.ppo import (
+    ActorCritic,
+    PolicyObjective,
+    Rollout,
+    ValueObjective,
+    adapted,
+    advantages,
+    token_rewards,
+)
 from tests.feedback.annotators import save_tiny_reward_model
 from tests.sample.engines import stopping_folder
 
@@ -102,10 +115,14 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_killed_run_ends_in_the_same_bytes(
-    cfg: PpoConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cfg: PpoConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     """Interrupted while the last step's answers are scored, where the model stands still; then killed in its update."""
+    if rank:
+        cfg = cfg.replace(train__lora__rank=rank)
+        finished = run_ppo(cfg, tmp_path / "whole")
     for where, what, at, how in ((RewardModel, "score", 4, KeyboardInterrupt), (recipe, "update", 1, Killed)):
         real, seen = getattr(where, what), []
 
@@ -166,6 +183,7 @@ def test_with_adapters_policy_reference_and_values_share_their_base(cfg: PpoConf
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert any("policy, reference and values share a base" in event.get("text", "") for event in events)
     assert log_of(run)[0]["kl"] == pytest.approx(0.0, abs=1e-4) and log_of(run)[1]["kl"] != 0.0
+    assert not any("fewer than --train.batch-size" in event.get("text", "") for event in events)
 
 
 def test_steps_by_hand(cfg: PpoConfig) -> None:
@@ -184,6 +202,66 @@ def test_steps_by_hand(cfg: PpoConfig) -> None:
     assert [(r.score, r.penalty) for r in rollouts] == [(float(i), 0.0 if i % 2 else 0.5) for i in range(7)]
     rates = [recipe.update(online, rollouts, step, linear)["learning_rate"] for step in range(4)]
     assert rates == pytest.approx([3e-3 * (1 - (4 * step + 1.5) / 16) for step in range(4)])  # 4 in each of 4 steps
+
+
+def answered(cfg: PpoConfig, value: str = "") -> tuple[ActorCritic, list[Rollout]]:
+    """Both learners, and scored answers to eight prompts."""
+    start = resolve(cfg.policy)
+    online = ActorCritic(*recipe.learners(start, resolve(value) if value else start, cfg, Stage.detached()))
+    prompts = [Prompt.of(f"Question {i}?" * (1 + i % 3)) for i in range(8)]
+    groups = online.sample(prompts, k=1, sampling=cfg.sampling, seed=1)
+    return online, recipe.experience(groups, [float(i % 5) for i in range(8)], online, cfg, beta=cfg.beta)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_one_minibatch_kappa_is_exactly_one(cfg: PpoConfig, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision too, where another layout of the same answers may round otherwise: the rows are the same."""
+    one = cfg.replace(ppo__epochs=1, ppo__minibatches=1, compute__dtype=dtype, compute__tokens_per_forward=150)
+    laid_out: list[list[TokenGroup]] = []
+
+    def recorded(model: Any, groups: list[TokenGroup], **options: Any) -> Any:
+        laid_out.append(groups)
+        return response_logps(model, groups, **options)
+
+    monkeypatch.setattr("prefloop.train.ppo.response_logps", recorded)
+    online, rollouts = answered(one)
+    n = len(laid_out) // 2  # log pi_old, log pi_ref
+    row = recipe.update(online, rollouts, 0, one)
+    assert n > 2 and laid_out[:n] == laid_out[2 * n :]
+    assert (row["clip_fraction"], row["approx_kl"]) == (0.0, 0.0)
+    assert row["policy_loss"] == pytest.approx(-np.concatenate([r.advantages for r in rollouts]).mean(), abs=1e-6)
+    for _, weight in [*online.learner.trained, *online.values.trained]:
+        assert weight.grad is None  # a set of gradients is as large as a model
+
+
+def test_a_reward_model_gives_the_values_to_begin_with(cfg: PpoConfig, tmp_path: Path) -> None:
+    """--value: V_old of the first step is what that model says of every state, and not 0."""
+    reward = save_tiny_reward_model(tmp_path / "value", template="chatml")
+    online, rollouts = answered(cfg, str(reward))
+    model = AutoModelForSequenceClassification.from_pretrained(reward).eval()
+    for rollout in rollouts[:3]:
+        prompt = online.values.chat.prompt_ids(rollout.prompt)
+        ids = torch.tensor([[*prompt, *(rollout.response.token_ids or ())]])
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+            expected = model.score(hidden)[:, 0].tolist()
+        assert list(rollout.values) == pytest.approx(expected, abs=1e-5) and max(map(abs, expected)) > 0.01
+    run = run_ppo(cfg.replace(value=str(reward), train__steps=1, look_at__answers=0), tmp_path / "run")
+    assert log_of(run)[0]["explained_variance"] != 0.0
+
+
+def test_every_option_arrives_where_it_is_used(cfg: PpoConfig) -> None:
+    options = {"clip": 0.31, "value_clip": 0.42, "gamma": 0.9, "lam": 0.5, "value_learning_rate": 7e-4}
+    own = cfg.replace(**{f"ppo__{name}": value for name, value in options.items()}, ppo__whiten=False)
+    online, rollouts = answered(own)
+    policy, values = online.learner.objective, online.values.objective
+    assert isinstance(policy, PolicyObjective) and isinstance(values, ValueObjective)
+    assert (policy.clip, values.clip, online.values.config.learning_rate) == (0.31, 0.42, 7e-4)
+    assert online.learner.config.learning_rate == TRAIN.learning_rate
+    for rollout in rollouts:
+        rewards = token_rewards(rollout, beta=own.beta)
+        expected = advantages(rewards, np.array(rollout.values), gamma=0.9, lam=0.5)
+        assert list(rollout.advantages) == pytest.approx(expected.tolist())
 
 
 def test_beta_stays_without_a_target(cfg: PpoConfig) -> None:

@@ -18,7 +18,7 @@ from prefloop.errors import InputError
 from prefloop.models import ModelRef, load_tokenizer
 from prefloop.recipes.dice import DiceConfig, Filters, demo, dice, paper
 from prefloop.recipes.dpo import DpoConfig, dpo
-from prefloop.recipes.steps import LookAt, offline_and_held_out, own_ids, run_in_folder
+from prefloop.recipes.steps import LookAt, offline_and_held_out, run_in_folder
 from prefloop.records import Group, Pair, Response
 from prefloop.report.story import read_story
 from prefloop.run import Run
@@ -323,6 +323,6 @@ def test_presets_hold_what_their_pages_say() -> None:
 def test_token_ids_of_another_tokenizer_are_not_believed(start: Path) -> None:
     chat = ChatFormat(load_tokenizer(ModelRef.of(start)))
     own = chat.with_token_ids(Response(text="yes"))
-    assert own_ids(chat, own) == own
+    assert chat.own_ids(own) == own
     for foreign in ((1, 2, 3), (10_000,), ()):
-        assert own_ids(chat, own.model_copy(update={"token_ids": foreign})) == own
+        assert chat.own_ids(own.model_copy(update={"token_ids": foreign})) == own

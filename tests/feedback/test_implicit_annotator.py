@@ -35,9 +35,19 @@ def test_it_is_the_sigmoid_of_beta_times_the_difference_of_scores(two: tuple[Mod
 def test_sampled_ids_are_what_is_scored(two: tuple[ModelRef, ModelRef]) -> None:
     annotator = ImplicitReward(*two, beta=0.1, compute=COMPUTE)
     prompt, a, b = COMPARISONS[0]
-    other_ids = a.model_copy(update={"token_ids": (65, 66, 67)})
-    judgements = annotator.judge([Comparison(prompt, a, b), Comparison(prompt, other_ids, b)])
+    ids = annotator.chat.with_token_ids(a).token_ids or ()
+    cut = a.model_copy(update={"token_ids": ids[:-1]})  # the same text without the end token
+    judgements = annotator.judge([Comparison(prompt, a, b), Comparison(prompt, cut, b)])
     assert judgements[0].p != judgements[1].p
+
+
+def test_ids_of_another_tokenizer_are_not_read_as_words_of_this_one(two: tuple[ModelRef, ModelRef]) -> None:
+    """A policy with another vocabulary sampled them: its ids may lie within this one's and say something else."""
+    annotator = ImplicitReward(*two, beta=0.1, compute=COMPUTE)
+    prompt, a, _ = COMPARISONS[0]
+    of_text = annotator.score([(prompt, a)])
+    for foreign in ((65, 66, 67), (10**6,)):
+        assert annotator.score([(prompt, a.model_copy(update={"token_ids": foreign}))]) == of_text
 
 
 def test_equal_models_are_refused(two: tuple[ModelRef, ModelRef]) -> None:

@@ -12,10 +12,11 @@ from tests.sample.engines import stopping_folder
 from torch import Tensor
 
 from prefloop.errors import CheckFailed
-from prefloop.models import ModelRef
+from prefloop.models import ModelRef, load_model
 from prefloop.records import Prompt, Response
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
+from prefloop.train.logprobs import rows
 from prefloop.train.losses import PairLogps
 from prefloop.train.losses.pairwise import dpo
 from prefloop.train.ppo import (
@@ -30,6 +31,7 @@ from prefloop.train.ppo import (
     value_loss,
     with_advantages,
 )
+from prefloop.train.scalar import shared_bytes
 
 Objective = Callable[[Tensor], Tensor]
 COMPUTE = Compute(device="cpu", dtype="float32")
@@ -178,6 +180,54 @@ def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(start: ModelRef
     other = [replace(r, logps=tuple(np.subtract(r.logps, 0.1))) for r in rollouts]
     with pytest.raises(CheckFailed, match=r"log pi of a token differs by 0\.1000 nats \(at most 0\.001 expected\)"):
         policy.step(other, 0)
+
+
+def test_a_small_token_budget_changes_neither_tokens_nor_gradients(start: ModelRef) -> None:
+    """Rows are filled by length: what is read must come back in the order of the answers."""
+    whole, _, rollouts = sampled(start)
+    tight = COMPUTE.replace(tokens_per_forward=40)
+    policy = Learner(start, [], objective=PolicyObjective(), config=TRAIN, compute=tight, seed=0)
+    cut = rows(policy.tokenise(rollouts), 40)
+    assert len(cut) > 1 and [i for row in cut for i in row] != [0, 1, 2]
+    assert [len(found) for found in policy.tokens(rollouts)] == [3, 2, 6]
+    for found, expected in zip(policy.tokens(rollouts), whole.tokens(rollouts), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    ours, theirs = policy.step(rollouts, 0), whole.step(rollouts, 0)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    for (name, found), (_, expected) in zip(policy.trained, whole.trained, strict=True):
+        assert found.grad is not None and expected.grad is not None
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-3, atol=1e-5), name
+    policy.free_gradients()
+    assert all(weight.grad is None for _, weight in policy.trained)
+
+
+def test_what_is_no_number_names_its_model(start: ModelRef) -> None:
+    policy, values, rollouts = sampled(start)
+    broken = load_model(start)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+        values.model.score.weight.fill_(float("nan"))
+    with pytest.raises(CheckFailed, match=r"log-probability \[nan\] of a response to prompt 'p0' under pi_SFT is not"):
+        policy.tokens(rollouts, broken, name="pi_SFT")
+    with pytest.raises(CheckFailed, match=r"value \[nan\] of a response to prompt 'p0' under the model in training"):
+        values.tokens(rollouts)
+
+
+def test_values_over_an_adapted_policy_hold_its_base_once(start: ModelRef) -> None:
+    """A language model and a classifier: the same frozen trunk is one in memory, and both learn as they would alone."""
+    config = TRAIN.replace(lora=Lora(rank=2))
+    policy, alone, rollouts = sampled(start, config)
+    values = Learner(start, [], objective=ValueObjective(base=policy.model), config=config, compute=COMPUTE, seed=0)
+    trunk = values.model.base_model.model.model
+    frozen = sum(weight.numel() * 4 for weight in trunk.parameters() if not weight.requires_grad)
+    assert shared_bytes(values.model, policy.model) == frozen > 50_000
+    assert shared_bytes(alone.model, policy.model) == 0
+    known = [weight.clone() for weight in trunk.parameters() if not weight.requires_grad]
+    for step in range(3):
+        policy.step(rollouts, step)
+        assert values.step(rollouts, step) == alone.step(rollouts, step)
+    after = [weight for weight in trunk.parameters() if not weight.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(known, after, strict=True))
 
 
 REWARD = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=torch.float64)

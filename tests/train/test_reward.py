@@ -26,7 +26,6 @@ from prefloop.train.scalar import (
     load_scalar_model,
     response_values,
     scalar_head,
-    share_frozen,
 )
 
 COMPUTE = Compute(device="cpu", dtype="float32", tokens_per_forward=200)
@@ -168,18 +167,3 @@ def test_what_is_saved_is_what_was_trained(start: ModelRef, tmp_path: Path, rank
     plain = [plain_reward(model, learner.chat, p.prompt, r.text).item() for p in PAIRS for r in p.responses]
     assert plain == pytest.approx(trained, abs=1e-5)
     assert max(trained) - min(trained) > 0.1
-
-
-def test_two_adapters_hold_their_base_once(start: ModelRef) -> None:
-    config = TRAIN.replace(lora=Lora(rank=2))
-    one, other = new_learner(start, config), new_learner(start, config)
-    before = [other.step(PAIRS, step)["loss"] for step in range(3)]
-    shared = new_learner(start, config)
-    saved = share_frozen(shared.model, one.model)
-    assert saved == sum(
-        w.numel() * 4 for n, w in shared.model.base_model.model.model.named_parameters() if not w.requires_grad
-    )
-    twins = dict(one.model.named_parameters())
-    where = [w.data_ptr() == twins[n].data_ptr() for n, w in shared.model.named_parameters() if not w.requires_grad]
-    assert where and all(where)
-    assert [shared.step(PAIRS, step)["loss"] for step in range(3)] == before

@@ -94,6 +94,17 @@ class ChatFormat:
         ids = self.response_ids(response.text.strip(), finished=response.finish_reason != "length")
         return response.model_copy(update={"token_ids": tuple(ids)})
 
+    def own_ids(self, response: Response) -> Response:
+        """The response with ids of this tokenizer: those it has where they say its text, else those of its text.
+
+        Another model's tokenizer may have sampled it, whose ids would be read as other words.
+        """
+        ids = response.token_ids
+        foreign = ids is not None and (not ids or max(ids) >= len(self.tokenizer))
+        if foreign or (ids and self.decode(ids).strip() != response.text.strip()):
+            response = response.model_copy(update={"token_ids": None})
+        return self.with_token_ids(response)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without end token and special tokens; whitespace is kept."""
         ids = list(token_ids)

@@ -7,7 +7,6 @@ import numpy as np
 
 from prefloop.data.chat import ChatFormat
 from prefloop.data.mapping import Loaded, OnBadRow, are_pairs, load_pairs, load_rows, pairs_of_rows, prompts_of_rows
-from prefloop.recipes.steps import own_ids
 from prefloop.records import Pair, Prompt, Record
 from prefloop.train.packing import TokenGroup
 from prefloop.train.reference import token_group
@@ -74,9 +73,7 @@ def token_groups(records: Sequence[Pair | Prompt], chat: ChatFormat) -> list[Tok
         seed = load_pairs("seed").records
         prompts = [record for record in records if isinstance(record, Prompt)]
         pairs = [seed[i % len(seed)].model_copy(update={"prompt": prompt}) for i, prompt in enumerate(prompts)]
-    return [
-        token_group(chat, pair.prompt, (own_ids(chat, pair.chosen), own_ids(chat, pair.rejected))) for pair in pairs
-    ]
+    return [token_group(chat, pair.prompt, (chat.own_ids(pair.chosen), chat.own_ids(pair.rejected))) for pair in pairs]
 
 
 def look_at_data(loaded: Loaded[Pair] | Loaded[Prompt], groups: Sequence[TokenGroup], context: int | None) -> DataFacts:

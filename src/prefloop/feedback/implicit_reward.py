@@ -133,7 +133,7 @@ class ImplicitReward:
             prompt_ids = tuple(self.chat.prompt_ids(prompt))
         except InputError:
             return "the models' chat template does not take the conversation"
-        ids = tuple(self.chat.with_token_ids(response).token_ids or () for response in responses)
+        ids = tuple(self.chat.own_ids(response).token_ids or () for response in responses)
         if not all(ids):
             return "an answer without tokens"
         if self.context is not None and len(prompt_ids) + max(map(len, ids)) > self.context:

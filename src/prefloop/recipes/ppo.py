@@ -48,6 +48,8 @@ from prefloop.seeds import derive_seed, generator
 from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from prefloop.records import Group, Prompt
     from prefloop.run import Run, Stage
     from prefloop.train.learner import Learner
@@ -208,9 +210,14 @@ def reinforce(
     from prefloop.train.learner import batch_of_step
     from prefloop.train.ppo import ActorCritic
 
+    if len(prompts) < cfg.train.batch_size:
+        stage.note(f"{len(prompts)} prompts, fewer than --train.batch-size {cfg.train.batch_size}: each is answered "
+                   "once a step")  # fmt: skip
     online = ActorCritic(*learners(start, value_start, cfg, stage))
     policy = online.learner
-    further = load_model(also, device=str(policy.model.device)).requires_grad_(False) if also else None
+    further = None
+    if also and also.fingerprint != start.fingerprint:
+        further = load_model(also, device=str(policy.model.device)).requires_grad_(False)
     with OnlineLoop(online, (), judges, cfg, description="ppo", stage=stage) as loop:
         for step in loop.steps():
             batch = [prompts[i] for i in batch_of_step(len(prompts), cfg.train.batch_size, step, cfg.seed)]
@@ -222,11 +229,18 @@ def reinforce(
             rollouts = experience(groups, scores, online, cfg, beta=beta)
             row |= {"unscored": dict(Counter(score for score in scores if isinstance(score, str)))}
             row |= figures(rollouts)
-            if further is not None and rollouts:
-                there = zip(rollouts, policy.tokens(rollouts, further), strict=True)
-                row |= {"kl_start": float(np.mean([sum(rollout.logps) - sum(theirs) for rollout, theirs in there]))}
+            if also and rollouts:
+                row |= {"kl_start": kl_from(further, also.name, rollouts, policy)}
             loop.done(row | (update(online, rollouts, step, cfg) if rollouts else {}))
     return loop.conclude(counts)
+
+
+def kl_from(further: "PreTrainedModel | None", name: str, rollouts: "Sequence[Rollout]", policy: "Learner") -> float:
+    """Nats an answer from another model than the reference; none: it is the reference itself."""
+    if further is None:
+        return float(np.mean([rollout.kl for rollout in rollouts]))
+    there = zip(rollouts, policy.tokens(rollouts, further, name=name), strict=True)
+    return float(np.mean([sum(rollout.logps) - sum(theirs) for rollout, theirs in there]))
 
 
 def counts(log: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -243,15 +257,16 @@ def learners(
     """The policy and the value model in training. The schedules count optimiser steps."""
     from prefloop.train.learner import Learner
     from prefloop.train.ppo import PolicyObjective, ValueObjective
-    from prefloop.train.scalar import share_frozen
+    from prefloop.train.scalar import shared_bytes
 
     updates = cfg.ppo.epochs * cfg.ppo.minibatches
     train = cfg.train.replace(steps=cfg.train.steps * updates, warmup_steps=cfg.train.warmup_steps * updates)
     new = partial(Learner, data=[], compute=cfg.compute, seed=cfg.seed, stage=stage)
     policy = new(start, objective=PolicyObjective(cfg.ppo.clip), config=train)
-    values = new(value_start, objective=ValueObjective(cfg.ppo.value_clip),
+    base = policy.model if cfg.train.lora.rank else None
+    values = new(value_start, objective=ValueObjective(cfg.ppo.value_clip, base), seed=derive_seed(cfg.seed, "values"),
                  config=train.replace(learning_rate=cfg.ppo.value_learning_rate))  # fmt: skip
-    shared = share_frozen(values.model, policy.model)
+    shared = shared_bytes(values.model, policy.model)
     if shared:
         stage.note(f"policy, reference and values share a base of {shared / 1e6:.0f} MB")
     return policy, values
@@ -317,9 +332,14 @@ def update(online: "ActorCritic", rollouts: "Sequence[Rollout]", step: int, cfg:
     for epoch in range(options.epochs):
         order = generator(cfg.seed, "minibatches", step, epoch).permutation(len(rollouts))
         for i, part in enumerate(np.array_split(order, min(options.minibatches, len(rollouts)))):
-            chosen = [rollouts[j] for j in part]
+            # In their own order: one minibatch of all is then laid out as it was for pi_old, and rounds as that did.
+            chosen = [rollouts[j] for j in np.sort(part)]
             n = (step * options.epochs + epoch) * options.minibatches + i
-            ours, theirs = online.learner.step(chosen, n), online.values.step(chosen, n)
+            # One set of gradients at a time: where all weights are trained, each is as large as a model.
+            ours = online.learner.step(chosen, n)
+            online.learner.free_gradients()
+            theirs = online.values.step(chosen, n)
+            online.values.free_gradients()
             rows.append(
                 {"policy_loss": ours.pop("loss"), **ours, "value_loss": theirs.pop("loss"),
                  "value_clip_fraction": theirs["value_clip_fraction"], "value_grad_norm": theirs["grad_norm"]}

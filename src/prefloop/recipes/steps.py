@@ -83,7 +83,7 @@ def tokenise(items: Sequence[Judged], model: ModelRef, *, stage: Stage | None = 
     for item in items:
         prompt_ids = chat.prompt_ids(item.prompt)
         check_prompt_length(prompt_ids, 1, context, item.prompt)
-        responses = [own_ids(chat, response) for response in item.responses]
+        responses = [chat.own_ids(response) for response in item.responses]
         if context and len(prompt_ids) + max(response.length_tokens for response in responses) > context:
             stage.count(f"{kind} dropped: longer than the context of {context} tokens")
             continue
@@ -107,7 +107,7 @@ def encode(groups: Sequence[Group], model: ModelRef) -> list[Group]:
     check_room([group.prompt for group in groups], model, 1)
 
     def own(response: Response) -> Response:
-        return own_ids(chat, response).model_copy(update={"sampling_logps": None})
+        return chat.own_ids(response).model_copy(update={"sampling_logps": None})
 
     return [
         group.model_copy(update={"responses": tuple(own(response) for response in group.responses)}) for group in groups
@@ -134,15 +134,6 @@ def fitting(groups: Sequence[Group], model: ModelRef, *, stage: Stage | None = N
     stage.count("answers", sum(len(group.responses) for group in kept))
     stage.count("prompts", len({group.prompt.id for group in kept}))
     return kept
-
-
-def own_ids(chat: ChatFormat, response: Response) -> Response:
-    """The response with ids of this tokenizer: those it has where they say its text, else those of its text."""
-    ids = response.token_ids
-    foreign = ids is not None and (not ids or max(ids) >= len(chat.tokenizer))
-    if foreign or (ids and chat.decode(ids).strip() != response.text.strip()):
-        response = response.model_copy(update={"token_ids": None})
-    return chat.with_token_ids(response)
 
 
 def check_room(prompts: Sequence[Prompt], model: ModelRef, max_new_tokens: int) -> None:

@@ -81,12 +81,14 @@ def _check_bos(ids: Sequence[int], bos: int, *, in_turns: bool, name: str, where
         )
 
 
-def check_finite(logps: Sequence[Sequence[float]], prompt_ids: Sequence[str], model: str) -> None:
-    """Log-probabilities of each prompt's responses under `model` are numbers."""
+def check_finite(
+    logps: Sequence[Sequence[float]], prompt_ids: Sequence[str], model: str, *, what: str = "log-probability"
+) -> None:
+    """Log-probabilities (or `what` else is read) of each prompt's responses under `model` are numbers."""
     for prompt_id, values in zip(prompt_ids, logps, strict=True):
         if not all(map(math.isfinite, values)):
             raise CheckFailed(
-                f"log-probability {list(values)} of a response to prompt {prompt_id!r} under {model} is not "
+                f"{what} {list(values)} of a response to prompt {prompt_id!r} under {model} is not "
                 "finite; its weights are probably damaged (in training: lower the learning rate), or its context is "
                 "shorter than the row"
             )

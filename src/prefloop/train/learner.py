@@ -130,7 +130,7 @@ class Learner(Generic[I]):
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.free_gradients()
         groups = self._groups(items)
         path = self.path_of(groups)
         first = not self.optimizer.state  # no update has been made, in this process or before its checkpoint
@@ -154,7 +154,17 @@ class Learner(Generic[I]):
             raise CheckFailed(f"the gradient of step {step + 1} is not finite; its items are those of prompts {ids}")
         with self._movement(step, rate):
             self.optimizer.step()
+        if step + 1 == self.objective.first_steps and self.unmoved:
+            self.stage.note(
+                f"{len(self.unmoved)} trainable weights had no gradient but zero in the first {step + 1} steps (such "
+                f"as {next(iter(self.unmoved))}): experts that no token was sent to, or parts of the model that the "
+                "loss does not reach"
+            )
         return {**_means(sums, len(items), size), "grad_norm": norm, "learning_rate": rate}
+
+    def free_gradients(self) -> None:
+        """Those of the last step, which nothing reads any more: as large as all trained weights."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
         """The check of the first steps that every weight moves."""
@@ -199,20 +209,27 @@ class Learner(Generic[I]):
         logps = self.objective.read(self.model, groups, path=path, dtype=self.dtype)
         sums = iter(logps.sums.tolist())
         own = [list(islice(sums, len(group.responses))) for group in groups]
-        check_finite(own, [item.prompt.id for item in items], "the model in training")
+        check_finite(own, [item.prompt.id for item in items], "the model in training", what=self.objective.reads)
         return logps
 
     @torch.no_grad()
-    def tokens(self, items: Sequence[I], model: "PreTrainedModel | None" = None) -> list[list[float]]:
-        """What the model (or another of its kind) says of every response token, item by item; nothing is learned."""
+    def tokens(
+        self, items: Sequence[I], model: "PreTrainedModel | None" = None, *, name: str = "the model in training"
+    ) -> list[list[float]]:
+        """What the model (or another of its kind) says of every response token, item by item; nothing is learned.
+
+        `name` of that model, for the message of the CheckFailed that a number which is none raises.
+        """
         groups = self._groups(items)
         path = self.path_of(groups)
         found: dict[int, list[float]] = {}
         for row in rows(groups, self.compute.tokens_per_forward, path=path):
             own = [groups[i] for i in row]
-            said = self.objective.read(self.model if model is None else model, own, path=path, dtype=self.dtype)
-            parts = said.tokens.split([group.predicted for group in own])
-            found.update(zip(row, (part.tolist() for part in parts), strict=True))
+            said = self.objective.tokens(self.model if model is None else model, own, path=path, dtype=self.dtype)
+            parts = [part.tolist() for part in said.split([group.predicted for group in own])]
+            ids = [items[i].prompt.id for i in row]
+            check_finite([[sum(part)] for part in parts], ids, name, what=self.objective.reads)
+            found.update(zip(row, parts, strict=True))
         return [found[i] for i in range(len(items))]
 
     @torch.no_grad()
@@ -355,8 +372,6 @@ def fit(
             row = {"step": step + 1, **learner.step(batch, step)}
             log.append(row)
             stage.event("step", **row)
-            if step + 1 == objective.first_steps and learner.unmoved:
-                stage.note(_without_gradient(list(learner.unmoved), objective.first_steps))
             last = step + 1 == config.steps
             if validation and (last or (step + 1) % config.validate_every == 0):
                 log.append({"step": step + 1, "validation": learner.evaluate(data[n:])})
@@ -369,13 +384,6 @@ def fit(
     learner.write(stage.output)
     write_training_log(stage.output / TRAINING_LOG, log)
     return stage.output
-
-
-def _without_gradient(names: Sequence[str], steps: int) -> str:
-    return (
-        f"{len(names)} trainable weights had no gradient but zero in the first {steps} steps (such as {names[0]}): "
-        "experts that no token was sent to, or parts of the model that the loss does not reach"
-    )
 
 
 def write_training_log(path: Path, log: list[dict[str, Any]]) -> None:

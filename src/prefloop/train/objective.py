@@ -41,6 +41,8 @@ class Objective(ABC, Generic[I]):
 
     kind: ClassVar[str]
     """What the items are, in messages."""
+    reads: ClassVar[str] = "log-probability"
+    """What the model says of a token, in messages."""
 
     @property
     @abstractmethod
@@ -99,6 +101,10 @@ class Objective(ABC, Generic[I]):
         numbers of its own in their place (`prefloop.train.scalar`).
         """
         return response_logps(model, groups, path=path, dtype=dtype, collision=self.collision)
+
+    def tokens(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> Tensor:
+        """[T] what the model says of every response token, and nothing that only a loss needs."""
+        return self.read(model, groups, path=path, dtype=dtype).tokens
 
     def before_first_update(self, items: Sequence[I], logps: ResponseLogps, *, policy: str, dtype: str) -> None:
         """Raises CheckFailed where the first log-probabilities are not as they should be.

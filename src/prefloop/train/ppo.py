@@ -15,7 +15,7 @@ Legend: B answers, T tokens of all of them, end to end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -171,6 +171,9 @@ class PolicyObjective(_OnRollouts):
     def read(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> ResponseLogps:
         return response_logps(model, groups, path=path, dtype=dtype, entropy=True)
 
+    def tokens(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> Tensor:
+        return response_logps(model, groups, path=path, dtype=dtype).tokens
+
     def losses(self, items: Sequence[Rollout], logps: ResponseLogps) -> tuple[Tensor, dict[str, Tensor]]:
         old, advantage = _tokens(items, "logps", logps.tokens), _tokens(items, "advantages", logps.tokens)
         losses = policy_loss(logps.tokens, old, advantage, clip=self.clip)
@@ -198,10 +201,14 @@ class PolicyObjective(_OnRollouts):
 class ValueObjective(_OnRollouts):
     """`value_loss` on a model with a scalar head, which begins as zero where the start model has none.
 
-    value_clip_fraction: share of an answer's tokens whose value has left V_old by more than `clip`.
+    value_clip_fraction: share of an answer's tokens whose value has left V_old by more than `clip`. base: a model in
+    memory whose frozen weights are used where they are the same (`load_scalar_model`).
     """
 
     clip: float = 0.2
+    base: "PreTrainedModel | None" = field(default=None, repr=False, compare=False)
+
+    reads: ClassVar = "value"
 
     @property
     def identity(self) -> str:
@@ -213,7 +220,7 @@ class ValueObjective(_OnRollouts):
         return 3
 
     def load(self, policy: ModelRef, device: str) -> "PreTrainedModel":
-        return load_scalar_model(policy, device=device)
+        return load_scalar_model(policy, base=self.base, device=device)
 
     def read(self, model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path, dtype: str) -> ResponseLogps:
         return response_values(model, groups, path=path, dtype=dtype)

@@ -52,11 +52,15 @@ def check_has_classifier(ref: ModelRef) -> None:
         raise InputError(f"no reward or value model can be made of {ref.name} ({config.model_type}); {NO_CLASSIFIER}")
 
 
-def load_scalar_model(ref: ModelRef, *, head_std: float = 0.0, seed: int = 0, device: str = "cpu") -> "PreTrainedModel":
+def load_scalar_model(
+    ref: ModelRef, *, head_std: float = 0.0, seed: int = 0, base: "PreTrainedModel | None" = None, device: str = "cpu"
+) -> "PreTrainedModel":
     """The sequence classifier with one output over the trunk of a causal language model, float32, for evaluation.
 
     The head of a folder that is one already is kept. A new one is normal with standard deviation `head_std`; 0: all its
     outputs are 0. The padding token becomes the tokenizer's: transformers reads the last token that is not it.
+    `base`: a model in memory with the same trunk, whose frozen weights are taken where they are equal, so that they
+    are there once. Train adapters then, never those weights.
     Raises InputError for a model that transformers has no sequence classifier of.
     """
     try:
@@ -83,6 +87,8 @@ def load_scalar_model(ref: ModelRef, *, head_std: float = 0.0, seed: int = 0, de
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * head_std)
             if head.bias is not None:
                 head.bias.zero_()
+    if base is not None:
+        _take_frozen(model, base)
     return model.to(torch.device(device)).eval()
 
 
@@ -160,16 +166,17 @@ def _without_padding(ids: Sequence[int], pad_id: int | None) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def share_frozen(model: "PreTrainedModel", other: "PreTrainedModel") -> int:
-    """Let the frozen weights that two trunks have in common be one in memory; returns the bytes that this saves.
-
-    Two adapters on one base: the base is there once, whatever heads the two models have.
-    """
-    known = dict(_decoder(other).named_parameters())
-    saved = 0
+def _take_frozen(model: "PreTrainedModel", base: "PreTrainedModel") -> None:
+    """Frozen weights of the base's trunk in place of the equal ones of the model's, wherever they are."""
+    # Where an adapter lies around a layer, its weight is that of the `base_layer`.
+    known = {name.replace(".base_layer.", "."): weight for name, weight in _decoder(base).named_parameters()}
     for name, weight in _decoder(model).named_parameters():
         twin = known.get(name)
-        if twin is not None and not (weight.requires_grad or twin.requires_grad) and torch.equal(weight, twin):
+        if twin is not None and not twin.requires_grad and torch.equal(weight, twin.to(weight.device)):
             weight.data = twin.data
-            saved += weight.numel() * weight.element_size()
-    return saved
+
+
+def shared_bytes(model: "PreTrainedModel", other: "PreTrainedModel") -> int:
+    """Bytes of weights that two models have in common in memory."""
+    places = {weight.data_ptr() for weight in other.parameters()}
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.data_ptr() in places)
