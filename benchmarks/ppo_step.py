@@ -7,8 +7,8 @@ the update; and the peak memory with policy, reference, values and a reward mode
 Each step does what `prefloop ppo` does, by the recipe's own functions, on prompts of a workload (`workloads.py`). The
 reward model is made from the same language model with a random head: what it prefers does not matter for the time. Not
 counted: imports, loading, checkpoints, records, and the first step, which is warm-up. With LoRA, policy, reference and
-values share one base; the reward model is a whole model in both configurations. Each configuration is a process of its own, so that
-its peak memory is its own. Prints, last, one line of JSON.
+values share one base; the reward model is a whole model in both configurations. Each configuration is a process of its
+own, so that its peak memory is its own. Prints, last, one line of JSON.
 """
 
 import argparse
