@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from prefloop.errors import InputError
+from prefloop.feedback.options import Feedback
 from prefloop.recipes import bpo as recipe
 from prefloop.recipes.bpo import BpoConfig, bpo, demo, estimate_feedback, paper, phase_length, phases_of
 from prefloop.recipes.oaif import OaifConfig, oaif
@@ -14,6 +15,7 @@ from prefloop.recipes.steps import LookAt
 from prefloop.run import Run
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
+from tests.feedback.judge_server import JudgeServer
 from tests.sample.engines import stopping_folder
 
 TRAIN = Train(steps=5, batch_size=3, learning_rate=2e-3, warmup_steps=0, validation_pairs=0, checkpoint_every=3)
@@ -126,10 +128,36 @@ def test_what_cannot_be_is_refused(cfg: BpoConfig, tmp_path: Path) -> None:
         run_bpo(cfg.replace(train__lora__rank=0), tmp_path / "run")
     with pytest.raises(InputError, match="nowhere"):
         run_bpo(cfg.replace(reference="nowhere"), tmp_path / "run")
+    with pytest.raises(InputError, match="--annotator is missing"):  # before the reference is looked for
+        run_bpo(cfg.replace(reference="nowhere", annotator=""), tmp_path / "run")
+    said = r"train.validation_pairs = 4: an online recipe holds none .*--held-out .*, every --evaluate-every steps"
+    with pytest.raises(InputError, match=said):
+        run_bpo(cfg.replace(train__validation_pairs=4), tmp_path / "run")
+
+
+def test_a_dry_run_refuses_what_the_run_would(cfg: BpoConfig) -> None:
+    with pytest.raises(InputError, match="phases = 0: expected 1 to 5"):
+        estimate_feedback(cfg.replace(phases=0))
+    with pytest.raises(InputError, match="members = 2 needs an adapter"):
+        estimate_feedback(cfg.replace(train__lora__rank=0))
+    with pytest.raises(InputError, match="nowhere"):
+        estimate_feedback(cfg.replace(reference="nowhere"))
+
+
+def test_the_moving_mean_says_how_far_it_comes(cfg: BpoConfig, tmp_path: Path) -> None:
+    """Three phases move it twice: 1 - 0.75^2."""
+    run_bpo(cfg.replace(reference="ema", ema=0.25, look_at__answers=0), tmp_path / "run")
+    said = "the moving mean moves 2 times, 0.438 of the way to the behaviour models in all"
+    assert said in (tmp_path / "run/events.jsonl").read_text()
 
 
 def test_the_papers_settings_and_the_estimate(options: dict[str, Any]) -> None:
     assert (paper().train.steps, paper().train.batch_size, paper().members, paper().beta) == (625, 16, 5, 0.1)
     assert (paper().train.lora.rank, paper().train.learning_rate, paper().train.schedule) == (256, 5e-5, "linear")
-    assert estimate_feedback(BpoConfig(**options))[0] == "training: rule:short: no calls"
     assert demo().members == 2
+    with JudgeServer() as server:
+        judge = {"annotator": "api:small", "feedback": Feedback(base_url=server.url)}
+        training = estimate_feedback(BpoConfig(**{**options, **judge, "members": 1}))[0]
+        assert server.requests == []
+    # 5 steps of 3 questions, in both orders.
+    assert training.startswith("training: api:small: 30 calls (0 of 30 questions are in the cache), about ")

@@ -31,6 +31,8 @@ from prefloop.recipes.oaif import (
     paper,
     preferences,
 )
+from prefloop.recipes.online import check_online
+from prefloop.recipes.ppo import PpoConfig
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Group, Prompt, Response
 from prefloop.run import Run
@@ -206,6 +208,14 @@ def test_the_same_annotator_as_evaluator_is_warned_about(cfg: OaifConfig, tmp_pa
 def test_what_is_missing_is_named(cfg: OaifConfig, tmp_path: Path, missing: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_oaif(cfg.replace(**{missing: ""}), tmp_path / "run")
+
+
+def test_data_to_watch_the_loss_with_are_refused(cfg: OaifConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train.validation_pairs = 576: .*--look-at.answers, every --evaluate-every"):
+        run_oaif(cfg.replace(train__validation_pairs=576), tmp_path / "run")
+    scored = PpoConfig(annotator="rule:short", train=Train(validation_pairs=4))
+    with pytest.raises(InputError, match=r"train.validation_pairs = 4: .*--held-out with --look-at.answers\)$"):
+        check_online(scored)
 
 
 @pytest.mark.slow

@@ -8,25 +8,30 @@ import pytest
 
 from prefloop.errors import FeedbackError, InputError
 from prefloop.recipes import sail as recipe
-from prefloop.recipes.online import check_there_are_pairs
+from prefloop.recipes.online import check_there_are_pairs, counts_of
 from prefloop.recipes.sail import (
     Drawn,
     SailConfig,
     baseline_of,
     corrected,
+    counted,
     estimate_feedback,
     per_kind,
     routed,
     sail,
+    tell_fallen_back,
+    tell_sign_changes,
     unlabelled,
 )
 from prefloop.recipes.steps import LookAt
 from prefloop.records import Group, Pair, Prompt, Response
-from prefloop.run import Run
+from prefloop.report.story import read_story, training_pairs
+from prefloop.run import Run, Stage
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Train
 from prefloop.train.learner import Learner
 from prefloop.train.sail import RoutedPair
+from tests.feedback.judge_server import JudgeServer
 from tests.sample.engines import CHAT, ids_of, stopping_folder, transformers
 
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=16)
@@ -106,29 +111,81 @@ def test_answers_are_those_of_their_own_prompts(cfg: SailConfig, trained_on: lis
     assert given and all(text == f"yes {prompt[0].content[9:-1]}" for prompt, text in given.items())
 
 
+def test_what_the_policy_labels_is_on_record_and_no_annotators_pair(finished: Path) -> None:
+    questions = [json.loads(line) for line in (finished / "round-1/model/feedback.jsonl").read_text().splitlines()]
+    rows = log_of(finished)
+    asked = [row["step"] for row in rows for _ in range(row.get("pairs", 0) + row.get("identical", 0))]
+    assert [row["step"] for row in questions] == asked and {*asked} == {1, 3, 5}
+    kept = [row for row in questions if row["outcome"] == "unlabelled"]
+    assert len(kept) == sum(row.get("pairs", 0) for row in rows) > 3 and not any("p" in row for row in kept)
+    assert not any("chosen_chars" in row for row in rows)
+    story = read_story(finished)
+    assert training_pairs(story, story.rounds[-1]) == ("round-1/model/feedback.jsonl", [])
+    counts = story.stages["round-1/model"]["counts"]
+    assert counts["examples on the route"] == sum(row["routed"] for row in rows) > counts["examples that fell back"]
+
+
+def test_answers_that_are_all_cut_stop_a_run_that_would_be_plain_dpo(cfg: SailConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        FeedbackError, match=r"^the first 5 steps .*: 2 unfinished.*\. Nobody was asked .*--on-unfinished"
+    ):
+        run_sail(cfg.replace(on_unfinished="drop", sampling__max_new_tokens=1), tmp_path / "run")
+
+
+def test_without_held_out_answers_there_is_a_warning(cfg: SailConfig, tmp_path: Path) -> None:
+    run_sail(cfg.replace(variant="dp", look_at__answers=0, train__steps=1), tmp_path / "run")
+    assert "no held-out prompts, so no win rates" in (tmp_path / "run/events.jsonl").read_text()
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_in_the_same_bytes(
-    cfg: SailConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in step 4, whose answers were sampled before step 3: the checkpoint after it holds them."""
+def die_in(step: int, cfg: SailConfig, out: Path) -> None:
+    """Run until so many steps are done, and be killed in the next."""
     real = recipe.routed
 
     def dying(pairs: Any, drawn: Drawn, *args: Any, **kwargs: Any) -> Any:
-        if drawn == Drawn.at(cfg, 3, len(pairs)):
+        if drawn == Drawn.at(cfg, step, len(pairs)):
             raise Killed
         return real(pairs, drawn, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "routed", dying)
         with pytest.raises(Killed):
-            run_sail(cfg, tmp_path / "run")
+            run_sail(cfg, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["pp", "pr"])
+def test_a_killed_run_ends_in_the_same_bytes(cfg: SailConfig, finished: Path, tmp_path: Path, variant: str) -> None:
+    """Killed in step 4, whose answers were sampled before step 3: the checkpoint after it holds them."""
+    cfg = cfg.replace(variant=variant)
+    whole = finished if variant == "pp" else run_sail(cfg, tmp_path / "whole")
+    die_in(3, cfg, tmp_path / "run")
     run_sail(cfg, tmp_path / "run")
-    for name in ("model/model.safetensors", "round-1/model/training_log.jsonl", "round-1/answers.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+    for name in ("model/model.safetensors", "round-1/model/training_log.jsonl", "round-1/model/feedback.jsonl",
+                 "round-1/answers.jsonl"):  # fmt: skip
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_the_sampler_is_checked_where_a_process_first_samples(cfg: SailConfig, tmp_path: Path) -> None:
+    """With this seed, 0, 2 and 1 examples of the three steps go the route. Killed in step 2, whose answers were sampled
+    and not yet trained on, and in step 3.
+    """
+    quiet = cfg.replace(mixture=0.3, sample_every=1, seed=4, train__checkpoint_every=1)
+    whole = run_sail(quiet, tmp_path / "whole")
+    assert ["sampler_gap" in row for row in log_of(whole)] == [False, True, False]
+    figures = read_story(whole).stages["round-1/model"]["figures"]
+    assert 0 < figures["sampler gap at the start, mean nats a token"] == log_of(whole)[1]["sampler_gap"] < 1e-4
+    for step in (1, 2):
+        die_in(step, quiet, tmp_path / "run")
+    run_sail(quiet, tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    checked = [one["step"] for one in events if one["event"] == "sampler_gap" and one["stage"] == "round-1/model"]
+    assert checked == [2, 2, 3]
+    name = "round-1/model/training_log.jsonl"
+    assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -189,18 +246,60 @@ def test_answers_without_a_label_are_counted_and_kept_in_their_order() -> None:
         Group(prompt=prompt, responses=(response("a"), response("a"))),
         Group(prompt=prompt, responses=(response("a", cut=True), response("b"))),
     ]
-    pairs, counts = unlabelled(groups, "drop")
+    annotator: Any = None  # nobody is asked
+    pairs, labelled = unlabelled(groups, annotator, SailConfig(on_unfinished="drop"))
     assert [(one.chosen.text, one.rejected.text) for one in pairs] == [("a", "b")]
-    assert counts == {"pairs": 1, "identical": 1, "unfinished": 1}
-    assert unlabelled(groups, "keep")[1] == {"pairs": 2, "identical": 1, "unfinished": 0}
+    assert [one.outcome for one in labelled] == ["unlabelled", "identical", "unfinished"]
+    assert counts_of(labelled) == {"pairs": 1, "identical": 1, "tie": 0, "abstained": 0, "unfinished": 1}
+    pairs, labelled = unlabelled(groups, annotator, SailConfig(on_unfinished="keep"))
+    assert [one.chosen for one in pairs] == [groups[0].responses[0], groups[2].responses[0]]
+    assert counts_of(labelled)["pairs"] == 2
 
 
 def test_steps_that_ask_nothing_do_not_end_the_run() -> None:
     """Where few examples are routed, the first question may come late and be a tie."""
     quiet, tie = {"step": 1, "loss": 0.7}, {"step": 2, "pairs": 0, "tie": 1}
     check_there_are_pairs([], [], [quiet] * 6 + [tie], step=7)
-    with pytest.raises(FeedbackError, match="the first 8 steps have given no pair"):
+    with pytest.raises(FeedbackError, match=r"the first 8 steps have given no pair.* by `prefloop judge check`"):
         check_there_are_pairs([], [], [quiet] * 5 + [tie] * 2, step=7)
+    nobody = {"step": 2, "pairs": 0, "tie": 0, "identical": 1}
+    with pytest.raises(FeedbackError, match=r"Nobody was asked about them: change --sampling .* or --on-unfinished"):
+        check_there_are_pairs([], [], [quiet] * 5 + [nobody] * 2, step=7)
+
+
+class Told(Stage):
+    """A stage that keeps its notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_more_examples_that_fell_back_than_went_the_route_are_warned_about() -> None:
+    rows = [{"routed": 2, "fell_back": 1, "pairs": 2, "tie": 1}, {"routed": 0, "fell_back": 0},
+            {"routed": 1, "fell_back": 3, "pairs": 1, "identical": 2, "unfinished": 1}]  # fmt: skip
+    found = counted(rows)
+    assert (found["examples on the route"], found["examples that fell back"], found["pairs"]) == (3, 4, 3)
+    stage = Told()
+    tell_fallen_back(rows[:2], SailConfig(variant="pr"), stage)
+    assert not stage.notes  # 2 against 1
+    tell_fallen_back(rows, SailConfig(variant="pr"), stage)
+    [said] = stage.notes
+    assert "4 examples fell back to plain DPO and only 3 went the route pr" in said
+    assert "(questions: 2 identical, 1 tie, 1 unfinished)" in said and "--annotator" in said
+    tell_fallen_back(rows, SailConfig(variant="pp"), stage)
+    assert "--on-unfinished" in stage.notes[1] and "--annotator" not in stage.notes[1]
+
+
+def test_labels_whose_gradient_turned_round_are_warned_about() -> None:
+    cfg, stage = SailConfig(variant="dp", beta=0.1), Told()  # c = 0.2: -4.993 / 0.1
+    tell_sign_changes([{"sign_changed": 0.0}, {}], cfg, stage)
+    assert not stage.notes
+    tell_sign_changes([{"sign_changed": 0.25}, {"sign_changed": 0.0}, {"sign_changed": 1.0}], cfg, stage)
+    assert "in 2 steps the policy drew a label with h < -49.9 nats, where the term of coefficient 0.2" in stage.notes[0]
 
 
 def test_the_baseline_is_a_running_mean_of_earlier_steps() -> None:
@@ -223,6 +322,7 @@ def test_means_are_over_the_pairs_that_they_are_about() -> None:
         ({"variant": "pr", "annotator": ""}, "--annotator is missing: --variant pr asks one"),
         ({"variant": "pp", "evaluator": ""}, "--evaluator is missing: --variant pp labels by"),
         ({"variant": "pp", "on_unfinished": "penalise"}, "on_unfinished = 'penalise' labels a pair"),
+        ({"train__validation_pairs": 4}, "train.validation_pairs = 4: .*--held-out with --look-at.answers"),
         ({"pairs": ""}, "--pairs is missing"),
     ],
 )
@@ -232,8 +332,15 @@ def test_what_cannot_be_is_refused(cfg: SailConfig, tmp_path: Path, options: dic
 
 
 def test_only_pr_asks_while_it_trains(cfg: SailConfig) -> None:
-    for variant in ("pp", "pr"):
-        assert estimate_feedback(cfg.replace(variant=variant))[0] == "training: rule:short: no calls"
+    with JudgeServer() as server:
+        api = cfg.replace(annotator="api:small", feedback__base_url=server.url)
+        found = {variant: estimate_feedback(api.replace(variant=variant)) for variant in ("pp", "pr")}
+        assert server.requests == []
+    # r T B = 0.6 * 5 * 4 questions, in both orders.
+    assert found["pr"][0].startswith("training: api:small: 24 calls (0 of 24 questions are in the cache), about ")
+    assert found["pp"][0] == "training: api:small: no calls"
+    # One look, at the end, at two answers.
+    assert found["pp"][1] == found["pr"][1] and found["pp"][1].startswith("win rates: api:small: 4 calls ")
 
 
 def test_the_published_configurations() -> None:

@@ -84,6 +84,24 @@ def test_the_charts_hold_the_numbers_of_the_run(run: Path) -> None:
     assert all(chart.caption and chart.x and chart.y for chart in charts.values())
 
 
+def test_a_surrogate_is_told_from_a_loss(run: Path, tmp_path: Path) -> None:
+    rows = steps(4, loss=-3.0, preference_loss=0.5)
+    sail = write_run(tmp_path / "sail", recipe="sail", training={"round-1": rows})
+
+    def charts(*folders: Path) -> dict[str, Any]:
+        found = page_of([read_story(folder) for folder in folders]).charts
+        return {chart.title: chart for _, group in found for chart in group}
+
+    known = {"plain": charts(run), "sail": charts(sail), "both": charts(run, sail)}
+    assert "Preference loss" not in known["plain"]
+    [line] = known["sail"]["Preference loss"].series
+    assert line.points == [(1.0, 0.125), (2.0, 0.25), (3.0, 0.375), (4.0, 0.5)]
+    assert known["sail"]["Preference loss"].y == "nats"
+    said = {name: found["Loss"].caption for name, found in known.items()}
+    assert {name: "surrogate" in text for name, text in said.items()} == {"plain": False, "sail": True, "both": True}
+    assert {name: "above zero" in text for name, text in said.items()} == {"plain": True, "sail": False, "both": True}
+
+
 def test_samples_are_answers_side_by_side_and_pairs_with_scores(run: Path) -> None:
     data = samples([read_story(run)])
     assert [row[2] for row in data["answers"]] == [
@@ -134,6 +152,7 @@ def test_questions_of_an_online_run_that_became_pairs_are_in_the_browser(tmp_pat
     rows = [
         {**question, "a": "first", "b": "second", "p": 0.2, "outcome": "pair"},
         {**question, "a": "same", "b": "same", "p": 0.5, "outcome": "identical"},
+        {**question, "a": "one", "b": "other", "reason": "the policy labels it", "outcome": "unlabelled"},
         {**question, "prompt": "p1", "a": "of an", "b": "older version", "p": 0.2, "outcome": "pair"},
     ]
     (folder / "round-1/model/feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

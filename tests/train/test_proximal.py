@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tests.sample.engines import PROMPTS, ids_of, stopping_folder
+from tests.sample.engines import PROMPTS, ids_of, plain_logps, stopping_folder, stopping_llama
 from tests.train.test_online import pairs_of
 
 from prefloop.models import load_model
 from prefloop.records import Pair
+from prefloop.sample import transformers as engines
 from prefloop.sample.sampling import Sampling
 from prefloop.train.config import Compute, Lora, Train
 from prefloop.train.learner import Learner
@@ -19,8 +20,8 @@ SAMPLING = Sampling(max_new_tokens=12)
 TRAIN = Train(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=0, validation_pairs=0)
 
 
-def learner(rank: int = 0, *, loss: str = "dpo", beta: float = 0.1) -> Learner[Pair]:
-    compute = Compute(device="cpu", dtype="float32", sampling_dtype="float32", sequences_per_batch=16)
+def learner(rank: int = 0, *, loss: str = "dpo", beta: float = 0.1, sampling: str = "float32") -> Learner[Pair]:
+    compute = Compute(device="cpu", dtype="float32", sampling_dtype=sampling, sequences_per_batch=16)
     objective = PairObjective(parse_loss(loss, beta=beta))
     config = TRAIN.replace(lora=Lora(rank=rank, alpha=8).model_dump())
     return Learner(stopping_folder(), [], objective=objective, config=config, compute=compute, seed=0)
@@ -66,13 +67,65 @@ def test_the_moving_mean_is_bpo_at_1_and_online_alignment_at_0(alpha: float, kin
 
 def test_the_moving_mean_moves_by_its_share_at_every_refresh() -> None:
     online = ProximalLearner(learner(), reference="ema", ema=0.25)
-    mean = weights(online.behaviour)
+    mean = weights(online.behaviour_model)
     for step in range(2):
         online.refresh()
-        mean = [m + 0.25 * (b - m) for m, b in zip(mean, weights(online.behaviour), strict=True)]
+        mean = [m + 0.25 * (b - m) for m, b in zip(mean, weights(online.behaviour_model), strict=True)]
         online.step(fresh_pairs(online, step), step)
     for found, expected in zip(weights(online.other), mean, strict=True):
         assert torch.allclose(found, expected, atol=1e-7)
+
+
+def test_another_model_is_the_reference_in_every_phase() -> None:
+    other = stopping_folder(1)
+    online = ProximalLearner(learner(4), reference=other)
+    for step in range(2):
+        online.refresh()
+        groups = online.sample(PROMPTS[:3], k=2, sampling=SAMPLING, seed=step)
+        pairs = online.with_reference_logps(pairs_of(groups))
+        found = [logp for pair in pairs for logp in pair.reference_logps or ()]
+        assert found == pytest.approx(plain_logps(stopping_llama(1), groups), abs=1e-4)
+        of_start = plain_logps(stopping_llama(), groups)
+        assert max(abs(a - b) for a, b in zip(found, of_start, strict=True)) > 0.1
+        assert {pair.reference for pair in pairs} == {other.fingerprint}
+        online.step(pairs_of(groups), step)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_behaviour_model_samples_and_the_merged_one_where_asked(members: int, dtype: str) -> None:
+    """Where sampling is in half precision, one after the other in the same copy."""
+    online = trained(ProximalLearner(learner(4, sampling=dtype), members=members), steps=4, every=2)
+    tolerance = online.engine.tolerance
+    assert tolerance
+    for _ in range(2):
+        of_behaviour = online.sample(PROMPTS, k=2, sampling=SAMPLING, seed=9)
+        of_merged = online.sample(PROMPTS, k=2, sampling=SAMPLING, seed=9, current=True)
+        assert mean(online.sampler_gap(of_behaviour)) < tolerance < mean(online.drift(of_behaviour)[1])
+        assert mean(online.drift(of_merged)[1]) < tolerance < mean(online.sampler_gap(of_merged))
+
+
+def test_sharing_prompts_is_proven_once_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    proven: list[object] = []
+    real = engines.can_share
+    monkeypatch.setattr(engines, "can_share", lambda model, ids: proven.append(model) or real(model, ids))
+    online = trained(ProximalLearner(learner(4), members=2), steps=3, every=1)
+    for current in (True, False, True):
+        online.sample(PROMPTS, k=1, sampling=SAMPLING, seed=0, current=current)
+    assert proven == [online.behaviour_model, online.merged()]
+
+
+def test_what_only_checkpoints_need_is_a_copy_on_the_cpu() -> None:
+    online = ProximalLearner(learner(4), members=2)
+    online.refresh()
+    for taken, member in zip(online.taken, online.members, strict=True):
+        for name, weight in taken.items():
+            assert weight.device.type == "cpu" and weight.data_ptr() != member[name].data_ptr()
+            assert torch.equal(weight, member[name]) and not weight.requires_grad
 
 
 def test_every_step_on_policy_the_loss_is_a_constant_and_directions_agree() -> None:

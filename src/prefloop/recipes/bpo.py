@@ -15,7 +15,8 @@ The result is the mean of the members. F = 1 is training on answers of pi(0); F 
 constant, because every step begins at h = 0 (n = 1): look at win rates and drift, not at the loss.
 
 `--reference start` is online direct alignment with the same data (OAIF's with F = T and one member), `ema` a moving
-mean of behaviour models, and another model's name the paper's ablation with a better, but farther, reference.
+mean of behaviour models (F - 1 moves, so it is for many phases), and another model's name the paper's ablation with a
+better, but farther, reference.
 
 Departures (docs/methods/bpo.md says more): members differ by the random A of their adapters and not by a supervised
 round each; the mean is of weight changes, where the released code averages the factors; ties and identical answers
@@ -39,6 +40,7 @@ from prefloop.recipes.online import (
     Judges,
     OnlineLoop,
     Unfinished,
+    check_online,
     counts_of,
     distinct,
     estimate_online,
@@ -145,14 +147,28 @@ def demo() -> BpoConfig:
 
 def bpo(cfg: BpoConfig, run: "Run") -> ModelRef:
     """Run BPO; returns the final model, RUN/model."""
+    reference = check_options(cfg)
+    k, phases = phase_length(cfg), phases_of(cfg)
+    run.note(f"{phases} phases of {k} steps, reference {cfg.reference}, {cfg.members} members")
+    if cfg.reference == "ema":
+        # The first phase takes the start model, where the mean is already.
+        share = 1 - (1 - cfg.ema) ** (phases - 1)
+        run.note(f"the moving mean moves {phases - 1} times, {share:.3g} of the way to the behaviour models in all")
+    return run_online(cfg, run, partial(align, reference=reference), *load_both(cfg, run), beta=cfg.beta)
+
+
+def check_options(cfg: BpoConfig) -> ModelRef | None:
+    """The model that --reference names, if it names one. Raises InputError for what cannot be, before anything is
+    computed.
+    """
+    check_online(cfg)  # first: a reference may have to be fetched
     if cfg.members > 1 and not cfg.train.lora.rank:
         raise InputError(
             f"members = {cfg.members} needs an adapter for each: give --train.lora.rank, or --members 1 to train all "
             "weights"
         )
-    k, phases = phase_length(cfg), phases_of(cfg)
-    run.note(f"{phases} phases of {k} steps, reference {cfg.reference}, {cfg.members} members")
-    return run_online(cfg, run, partial(align, reference=other_reference(cfg)), *load_both(cfg, run), beta=cfg.beta)
+    phase_length(cfg)
+    return other_reference(cfg)
 
 
 def phase_length(cfg: BpoConfig) -> int:
@@ -217,4 +233,5 @@ def align(
 
 def estimate_feedback(cfg: BpoConfig) -> list[str]:
     """What --dry-run prints (`estimate_online`)."""
+    check_options(cfg)
     return estimate_online(cfg, "bpo")

@@ -36,6 +36,8 @@ OUTCOMES = {
     "unfinished": "unfinished",
 }
 """What is counted at every step -> what became of a question."""
+UNDECIDED = ("tie", "abstained")
+"""Outcomes that an annotator was asked for."""
 STEPS_WITHOUT_PAIRS = 3
 """The first ones that asked, after which the run stops."""
 SLOTS = ("consistent", "first_slot", "second_slot")
@@ -65,12 +67,17 @@ def run_online(
     look = partial(look_at, run, start, [], cfg, beta=beta, prompts=held_out)
 
     before = look("start", start)
-    if not before:
-        run.note("warning: no held-out prompts, so no win rates; see --held-out and --look-at.answers")
+    warn_of_no_win_rates(before, run)
     folder = run.round(1).stage("model", align, start, prompts, before, judges, cfg)
     aligned = ModelRef.of(folder.path, name="round-1")
     look("round-1", aligned)
     return conclude(run, aligned)
+
+
+def warn_of_no_win_rates(before: "Sequence[Group]", run: "Run") -> None:
+    """Says so where the start model has answered nothing that a later model's answers could be compared with."""
+    if not before:
+        run.note("warning: no held-out prompts, so no win rates; see --held-out and --look-at.answers")
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,25 @@ def warn_of_shared(judges: Judges, run: "Run") -> None:
 
 def load_both(cfg: Any, run: "Run") -> "tuple[list[Prompt], list[Prompt]]":
     """The prompts to train on and those to look at models with."""
+    check_online(cfg)
+    return prompts_and_held_out(cfg, run)
+
+
+def check_online(cfg: Any) -> None:
+    """Raises InputError, before anything is read, where nobody is named to judge, or by `check_nothing_to_watch`."""
     if not cfg.annotator:
         raise InputError("--annotator is missing: name who judges, such as rule:helpful-short or judge:MODEL")
-    return prompts_and_held_out(cfg, run)
+    check_nothing_to_watch(cfg)
+
+
+def check_nothing_to_watch(cfg: Any) -> None:
+    """Raises InputError for data held out to watch the loss: what an online step learns from is made in that step."""
+    if cfg.train.validation_pairs:
+        often = ", every --evaluate-every steps" if hasattr(cfg, "evaluate_every") else ""
+        raise InputError(
+            f"train.validation_pairs = {cfg.train.validation_pairs}: an online recipe holds none of its pairs out; "
+            f"leave it at 0, and look at answers to held-out prompts (--held-out with --look-at.answers{often})"
+        )
 
 
 class OnlineLoop:
@@ -132,9 +155,9 @@ class OnlineLoop:
                 loop.done({"step": step + 1, ...})
         return loop.conclude()
 
-    `ask` and `look` are `preferences` and `evaluate`. One that learns from scores has neither: it calls `scores`, and
-    `before` is empty. `kept`: what a recipe carries from step to step beyond the log (plain data and tensors); it is in
-    the checkpoints.
+    `ask` and `look` are `preferences` (or a function like it) and `evaluate`. One that learns from scores has neither:
+    it calls `scores`, and `before` is empty. `kept`: what a recipe carries from step to step beyond the log (plain data
+    and tensors); it is in the checkpoints.
     """
 
     def __init__(
@@ -159,6 +182,7 @@ class OnlineLoop:
         self.kept: dict[str, Any] = {}
         learner = online.learner
         self.first, self.log = load_checkpoint(self.scratch, model=learner.model, optimizer=learner.optimizer)
+        self.sampler_checked = False
         more = load_more(self.scratch, device=learner.model.device)
         if more:
             self.kept = more["kept"]
@@ -193,7 +217,7 @@ class OnlineLoop:
                 yield step
 
     def pairs(self, step: int, groups: "Sequence[Group]") -> "tuple[list[Pair], list[Labelled]]":
-        """The annotator's preferences between the two answers of each group; every question goes on record."""
+        """What `ask` makes of the two answers of each group; every question goes on record."""
         assert self.ask is not None
         with self._judging(step):
             pairs, labelled = self.ask(groups, self.judges.annotator, self.cfg)
@@ -211,13 +235,15 @@ class OnlineLoop:
         return found
 
     def sampler_gap(self, step: int, groups: "Sequence[Group]") -> dict[str, float]:
-        """At the first step of this process, answers that were just sampled are checked against the trainer's own
-        log-probabilities; the figure of the very first step is kept.
+        """The first answers that this process samples are checked against the trainer's own log-probabilities; the
+        figure of the run's very first answers is kept.
         """
-        if step != self.first:
+        if self.sampler_checked:
             return {}
+        self.sampler_checked = True
         gap = self.online.check_sampler(self.online.sampler_gap(groups))
-        return {"sampler_gap": gap} if step == 0 else {}
+        self.stage.event("sampler_gap", step=step + 1, mean=gap)
+        return {} if any("sampler_gap" in row for row in self.log) else {"sampler_gap": gap}
 
     def done(self, row: dict[str, Any]) -> None:
         """A step is complete: `row` goes into the log, and a checkpoint is written where one is due."""
@@ -236,8 +262,9 @@ class OnlineLoop:
         from prefloop.train.learner import TRAINING_LOG, write_training_log
 
         stage, log = self.stage, self.log
-        if "sampler_gap" in log[0]:
-            stage.figure("sampler gap at the start, mean nats a token", log[0]["sampler_gap"])
+        gap = next((row["sampler_gap"] for row in log if "sampler_gap" in row), None)
+        if gap is not None:
+            stage.figure("sampler gap at the start, mean nats a token", gap)
         for agreement in getattr(self.judges.annotator, "agreements", ()):
             stage.event("agreement", said=agreement.describe(), share=agreement.share, kappa=agreement.kappa)
         for name, n in (counted or totals)(log).items():
@@ -277,9 +304,13 @@ def check_there_are_pairs(
         return
     why = Counter(one.outcome if one.outcome != "abstained" else one.judgement.reason for one in labelled)
     said = ", ".join(f"{n} {reason}" for reason, n in why.most_common())
+    undecided = [one.outcome for one in labelled if one.outcome in UNDECIDED]
+    if undecided or any(row.get(outcome) for row in log for outcome in UNDECIDED):
+        remedy = "Try the annotator by `prefloop judge check`, or change --annotator or --sampling"
+    else:
+        remedy = "Nobody was asked about them: change --sampling (temperature, max-new-tokens) or --on-unfinished"
     raise FeedbackError(
-        f"the first {step + 1} steps have given no pair; the questions of the last one: {said}. Try the annotator by "
-        "`prefloop judge check`, or change --annotator or --sampling"
+        f"the first {step + 1} steps have given no pair; the questions of the last one: {said}. {remedy}"
     )
 
 
@@ -343,33 +374,38 @@ def distinct(prompts: "Sequence[Prompt]") -> "list[Prompt]":
 
 
 class Labelled(NamedTuple):
-    """A question and what became of it: "pair", "identical", "tie", "abstained" or "unfinished"."""
+    """A question and what became of it: one of `OUTCOMES`, or "unlabelled" for a pair that nobody was asked about."""
 
     question: "Comparison"
     judgement: "Judgement"
     outcome: str
 
 
+def settled(question: "Comparison", on_unfinished: Unfinished) -> Labelled | None:
+    """What becomes of a question that needs no annotator; None for one that does."""
+    from prefloop.feedback.annotator import Judgement, abstention
+
+    cut = [response.finish_reason == "length" for response in (question.a, question.b)]
+    if question.identical:
+        return Labelled(question, Judgement(p=0.5), "identical")
+    if any(cut) and on_unfinished == "drop":
+        return Labelled(question, abstention("an answer is unfinished"), "unfinished")
+    if cut[0] != cut[1] and on_unfinished == "penalise":
+        return Labelled(question, Judgement(p=float(cut[1])), "pair")
+    return None
+
+
 def preferences(groups: "Sequence[Group]", annotator: "Annotator", cfg: Any) -> "tuple[list[Pair], list[Labelled]]":
     """Steps 2 and 3: pairs, and what became of every question."""
-    from prefloop.feedback.annotator import Judgement, abstention
     from prefloop.feedback.stage import comparison_of, label
     from prefloop.run import Stage
 
     questions = [comparison_of(group) for group in groups]
-    known = {}  # judgements that need no annotator
-    for i, question in enumerate(questions):
-        cut = [response.finish_reason == "length" for response in (question.a, question.b)]
-        if question.identical:
-            known[i] = Labelled(question, Judgement(p=0.5), "identical")
-        elif any(cut) and cfg.on_unfinished == "drop":
-            known[i] = Labelled(question, abstention("an answer is unfinished"), "unfinished")
-        elif cut[0] != cut[1] and cfg.on_unfinished == "penalise":
-            known[i] = Labelled(question, Judgement(p=float(cut[1])), "pair")
-    asked = [i for i in range(len(questions)) if i not in known]
-    answers = annotator.judge([questions[i] for i in asked])
-    found = {i: Labelled(questions[i], one, outcome_of(one)) for i, one in zip(asked, answers, strict=True)} | known
-    labelled = [found[i] for i in range(len(questions))]
+    known = [settled(question, cfg.on_unfinished) for question in questions]
+    asked = [question for question, one in zip(questions, known, strict=True) if one is None]
+    judged = zip(asked, annotator.judge(asked), strict=True)
+    answers = iter([Labelled(question, one, outcome_of(one)) for question, one in judged])
+    labelled = [one or next(answers) for one in known]
     kept = [one for one in labelled if one.outcome == "pair"]
     pairs = label([one.question for one in kept], [one.judgement for one in kept], labels=cfg.feedback.labels,
                   stage=Stage.detached())  # fmt: skip
@@ -384,7 +420,7 @@ def outcome_of(judgement: "Judgement") -> str:
 
 def counts_of(labelled: Sequence[Labelled]) -> dict[str, Any]:
     """How many questions of a step ended how, why there was no answer, and what an annotator with slots followed."""
-    found = Counter(one.outcome for one in labelled)
+    found = Counter("pair" if one.outcome == "unlabelled" else one.outcome for one in labelled)
     reasons = Counter(one.judgement.reason for one in labelled if one.outcome == "abstained")
     slots = Counter(one.judgement.slot for one in labelled)
     return {

@@ -9,7 +9,8 @@ Step s = 0..T-1:
        pr   two answers of the policy to the pair's prompt, labelled by the annotator
 
 2. For pp and pr: every G steps, sample two answers to each prompt that will take the route until the next time, from
-   the current weights. Two identical answers, a tie or an abstention: the pair itself is taken, as plain DPO.
+   the current weights. Two identical answers, a tie, an abstention, or (`--on-unfinished drop`) a cut answer: the pair
+   itself is taken, as plain DPO.
 3. A policy's label: y_1 is preferred with probability sigmoid(beta h), drawn at the step itself.
 4. One optimiser step on the mean of the surrogate, F = log sigmoid(beta h), h against pi(0):
 
@@ -38,9 +39,12 @@ from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.online import (
+    OUTCOMES,
     Judges,
+    Labelled,
     OnlineLoop,
     Unfinished,
+    check_nothing_to_watch,
     counts_of,
     distinct,
     estimate_online,
@@ -49,6 +53,9 @@ from prefloop.recipes.online import (
     lengths_of_pairs,
     load_judges,
     preferences,
+    settled,
+    totals,
+    warn_of_no_win_rates,
     warn_of_shared,
 )
 from prefloop.recipes.steps import LookAt, check_room, conclude, load, look_at, offline_and_held_out, prompts_of
@@ -58,6 +65,7 @@ from prefloop.seeds import derive_seed, generator
 from prefloop.train.config import Compute, Train
 
 if TYPE_CHECKING:
+    from prefloop.feedback.annotator import Annotator
     from prefloop.records import Group, Pair, Prompt
     from prefloop.run import Run, Stage
     from prefloop.train.online import OnlineLearner
@@ -158,7 +166,7 @@ def sail(cfg: SailConfig, run: "Run") -> ModelRef:
     """Run SAIL; returns the final model, RUN/model."""
     from prefloop.train.reference import with_reference_logps
 
-    check_annotator(cfg)
+    check_options(cfg)
     start = resolve(cfg.policy)
     judges = load_judges(judged(cfg), run)
     if cfg.variant == "pr":
@@ -175,14 +183,17 @@ def sail(cfg: SailConfig, run: "Run") -> ModelRef:
     look = partial(look_at, run, start, held_out, cfg, beta=cfg.beta)
 
     before = look("start", start)
+    warn_of_no_win_rates(before, run)
     folder = run.round(1).stage("model", align, start, pairs, before, judges, cfg)
     aligned = ModelRef.of(folder.path, name="round-1")
     look("round-1", aligned)
     return conclude(run, aligned)
 
 
-def check_annotator(cfg: SailConfig) -> None:
-    """Raises InputError where nobody is named to label (pr) or to judge the win rates."""
+def check_options(cfg: SailConfig) -> None:
+    """Raises InputError where nobody is named to label (pr) or to judge the win rates, and for options that do not go
+    together.
+    """
     if cfg.variant == "pr" and not cfg.annotator:
         raise InputError("--annotator is missing: --variant pr asks one, such as rule:helpful-short or judge:MODEL")
     if cfg.variant != "pr" and not cfg.evaluator:
@@ -194,6 +205,7 @@ def check_annotator(cfg: SailConfig) -> None:
         raise InputError(
             "on_unfinished = 'penalise' labels a pair, and --variant pp labels by the policy: keep or drop"
         )
+    check_nothing_to_watch(cfg)
 
 
 def judged(cfg: SailConfig) -> SailConfig:
@@ -227,7 +239,8 @@ def align(
     learner = Learner(start, [RoutedPair.of(pair, "plain", u=0.0, baseline=0.0) for pair in pairs], objective=objective,
                       config=cfg.train, compute=cfg.compute, seed=cfg.seed, stage=stage)  # fmt: skip
     online = OnlineLearner(learner)
-    with OnlineLoop(online, before, judges, cfg, ask=preferences, look=evaluate,
+    ask = unlabelled if cfg.variant == "pp" else preferences
+    with OnlineLoop(online, before, judges, cfg, ask=ask, look=evaluate,
                     description=f"sail {cfg.variant}", stage=stage) as loop:  # fmt: skip
         for step in loop.steps():
             row: dict[str, Any] = {"step": step + 1}
@@ -240,8 +253,9 @@ def align(
             batch, missing = routed(pairs, drawn, loop.kept.get("pool", []), cfg, baseline=baseline_of(loop.log))
             row |= {"routed": sum(item.route != "plain" for item in batch), "fell_back": missing}
             loop.done(row | per_kind(learner.step(batch, step)))
+    tell_fallen_back(loop.log, cfg, stage)
     tell_sign_changes(loop.log, cfg, stage)
-    return loop.conclude()
+    return loop.conclude(counted)
 
 
 class Drawn(NamedTuple):
@@ -274,31 +288,32 @@ def fresh_pairs(
     if not prompts:
         return [], {}
     groups = online.sample(prompts, k=2, sampling=cfg.sampling, seed=derive_seed(cfg.seed, "step", step))
-    row: dict[str, Any] = {**lengths(groups), **loop.sampler_gap(step, groups)}
-    if cfg.variant == "pr":
-        pairs, labelled = loop.pairs(step, groups)
-        row |= counts_of(labelled) | lengths_of_pairs(pairs)
-    else:
-        pairs, counts = unlabelled(groups, cfg.on_unfinished)
-        row |= counts
+    gap = loop.sampler_gap(step, groups)
+    pairs, labelled = loop.pairs(step, groups)
+    of_pairs = lengths_of_pairs(pairs) if cfg.variant == "pr" else {}  # of pp, the chosen one is drawn at the step
+    row = {**lengths(groups), **gap, **counts_of(labelled), **of_pairs}
     return online.with_reference_logps(pairs) if pairs else [], row
 
 
-def unlabelled(groups: "Sequence[Group]", on_unfinished: Unfinished) -> "tuple[list[Pair], dict[str, int]]":
-    """Two answers each, in the order in which they were sampled, and what became of every group."""
+def unlabelled(
+    groups: "Sequence[Group]", annotator: "Annotator", cfg: SailConfig
+) -> "tuple[list[Pair], list[Labelled]]":
+    """`preferences` of pp: pairs in the order in which they were sampled, and nobody is asked."""
+    from prefloop.feedback.annotator import abstention
     from prefloop.feedback.stage import comparison_of
     from prefloop.records import Pair
 
-    pairs, counts = [], {"pairs": 0, "identical": 0, "unfinished": 0}
-    for prompt, a, b in map(comparison_of, groups):
-        if a.same_as(b):
-            counts["identical"] += 1
-        elif on_unfinished == "drop" and "length" in (a.finish_reason, b.finish_reason):
-            counts["unfinished"] += 1
-        else:
-            counts["pairs"] += 1
-            pairs.append(Pair(prompt=prompt, chosen=a, rejected=b, source="generated"))
-    return pairs, counts
+    nobody = abstention("the policy labels it at the step")
+    labelled = [
+        settled(question, cfg.on_unfinished) or Labelled(question, nobody, "unlabelled")
+        for question in map(comparison_of, groups)
+    ]
+    pairs = [
+        Pair(prompt=question.prompt, chosen=question.a, rejected=question.b, source="generated")
+        for question, _, outcome in labelled
+        if outcome == "unlabelled"
+    ]
+    return pairs, labelled
 
 
 def routed(
@@ -348,6 +363,25 @@ def per_kind(figures: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def counted(log: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """`totals`, how many examples went the route, and how many fell back to the data's own pair."""
+    names = {"routed": "examples on the route", "fell_back": "examples that fell back"}
+    return totals(log) | {said: sum(row.get(name, 0) for row in log) for name, said in names.items()}
+
+
+def tell_fallen_back(log: Sequence[dict[str, Any]], cfg: SailConfig, stage: "Stage") -> None:
+    """A warning where most examples that should have gone the route were plain DPO."""
+    found = counted(log)
+    went, fell = found["examples on the route"], found["examples that fell back"]
+    if fell > went:
+        why = ", ".join(f"{found[name]} {name}" for name in OUTCOMES if name != "pairs" and found[name])
+        remedies = ["--sampling", "--on-unfinished", *(["--annotator"] if cfg.variant == "pr" else [])]
+        stage.note(
+            f"warning: {fell} examples fell back to plain DPO and only {went} went the route {cfg.variant} (questions: "
+            f"{why}); remedies: another {', '.join(remedies)}"
+        )
+
+
 def tell_sign_changes(log: Sequence[dict[str, Any]], cfg: SailConfig, stage: "Stage") -> None:
     """A warning where labels that the policy drew were so unlikely that their gradient turned round."""
     from prefloop.train.sail import sign_change
@@ -363,7 +397,7 @@ def tell_sign_changes(log: Sequence[dict[str, Any]], cfg: SailConfig, stage: "St
 
 def estimate_feedback(cfg: SailConfig) -> list[str]:
     """What --dry-run prints (`estimate_online`): only pr asks an annotator while it trains."""
-    check_annotator(cfg)
+    check_options(cfg)
     cfg = corrected(cfg)
     asked = round(cfg.share * cfg.train.steps * cfg.train.batch_size) if cfg.variant == "pr" else 0
     return estimate_online(judged(cfg), "sail", read=prompts_of_pairs, asked=asked)

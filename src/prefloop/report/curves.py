@@ -290,9 +290,16 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         (
             "Loss",
             "mean of a batch",
-            "Falls slowly and stays above zero. Dots are data of the round that is not trained on: where they turn "
-            "up while the line falls, stop earlier.",
+            _of_the_loss([row for _, _, offset, rounds in curves for _, row in _rows(offset, rounds) if "loss" in row]),
             [*series("loss"), *watched("loss")],
+            None,
+        ),
+        (
+            "Preference loss",
+            "nats",
+            "-log sigmoid(beta h) of the pairs of a step, whatever else is in the loss. Begins at ln 2 = 0.693 and "
+            "should fall.",
+            series("preference_loss"),
             None,
         ),
         (
@@ -390,6 +397,20 @@ def _training(stories: Sequence[Story]) -> list[Chart]:
         for title, unit, caption, found, level in figures
         if found
     ]
+
+
+def _of_the_loss(rows: Sequence[dict[str, Any]]) -> str:
+    """What to expect of it: a loss in the ordinary sense, or a surrogate with a preference loss beside it."""
+    surrogate = ["preference_loss" in row for row in rows]
+    of_loss = (
+        "Falls slowly and stays above zero. Dots are data of the round that is not trained on: where they turn up "
+        "while the line falls, stop earlier."
+    )
+    of_surrogate = (
+        "Of SAIL a surrogate, whose gradient counts and not its value: that may be large or negative. Look at the "
+        "preference loss."
+    )
+    return " ".join([*([of_surrogate] if any(surrogate) else []), *([] if all(surrogate) else [of_loss])])
 
 
 def _phases(stories: Sequence[Story]) -> list[Chart]:

@@ -33,14 +33,16 @@ def plot_alpha(story: Story, file: Path) -> bool:
 
 
 def plot_training(story: Story, file: Path) -> bool:
-    """Loss by step, and of pairs margin and log-probability changes (of a reward model, rewards), rounds one after
-    another. False when nothing was trained.
+    """Loss by step (the preference loss where a run has one, whose loss is a surrogate), and of pairs margin and
+    log-probability changes (of a reward model, rewards), rounds one after another. False when nothing was trained.
     """
     rounds = [round for round in story.rounds if any("loss" in row for row in round.training)]
     if not rounds:
         return False
     pairs = any("margin" in row for round in rounds for row in round.training)
     rewards = any("chosen_reward" in row for round in rounds for row in round.training)
+    preference = any("preference_loss" in row for round in rounds for row in round.training)
+    loss = "preference_loss" if preference else "loss"
     what = "reward" if rewards else "change"
     figure, axes = _axes(3 if pairs else 1)
     offset = 0
@@ -48,8 +50,8 @@ def plot_training(story: Story, file: Path) -> bool:
         steps = [row for row in round.training if "loss" in row]
         looks = [row for row in round.training if "validation" in row]
         x = [offset + row["step"] for row in steps]
-        of_pairs = "margin" in steps[0]  # in a run that trains on pairs, a first round may train on something else
-        for axis, name in zip(axes, ("loss", "margin") if of_pairs else ("loss",), strict=False):
+        of_pairs = any("margin" in row for row in steps)  # a first round may train on something else than pairs
+        for axis, name in zip(axes, (loss, "margin") if of_pairs else (loss,), strict=False):
             axis.plot(x, [row.get(name, nan) for row in steps], color=colour, label=round.label)
             axis.plot([offset + row["step"] for row in looks], [row["validation"].get(name, nan) for row in looks], "s",
                       color=colour, markersize=4)  # fmt: skip
@@ -58,7 +60,7 @@ def plot_training(story: Story, file: Path) -> bool:
                 values = [row.get(f"{side}_{what}", nan) for row in steps]  # no reference, no change from it
                 axes[2].plot(x, values, line, color=colour, label=f"{round.label} {side}")
         offset += max(row["step"] for row in steps)
-    axes[0].set(title="Loss (squares: validation)", xlabel="step", ylabel="nats")
+    axes[0].set(title="Preference loss" if preference else "Loss (squares: validation)", xlabel="step", ylabel="nats")
     if pairs:
         axes[1].set(title=f"{'Reward' if rewards else 'Implicit-reward'} margin", xlabel="step",
                     ylabel="r(chosen) - r(rejected)" if rewards else "beta h")  # fmt: skip

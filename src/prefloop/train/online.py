@@ -45,10 +45,15 @@ class OnlineLearner:
         self.adapter = bool(learner.config.lora.rank)
         self.reference = None if self.adapter else load_model(policy, device=device).requires_grad_(False)
         self.copy = None if dtype == "float32" else load_model(policy, dtype=dtype, device=device)
+        self._engines: dict[PreTrainedModel, TransformersEngine] = {}
         self.engine = self._engine(self.copy if self.copy is not None else _base(learner.model))
 
     def _engine(self, model: "PreTrainedModel") -> TransformersEngine:
-        return TransformersEngine(model, self.learner.chat, batch_size=self.learner.compute.sequences_per_batch)
+        """The sampler over a model, always the same one: what it has proven of the model is not proven again."""
+        if model not in self._engines:
+            batch_size = self.learner.compute.sequences_per_batch
+            self._engines[model] = TransformersEngine(model, self.learner.chat, batch_size=batch_size)
+        return self._engines[model]
 
     def sample(
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, current: bool = False

@@ -48,7 +48,7 @@ class ProximalLearner(OnlineLearner):
         def frozen(ref: ModelRef) -> Any:
             return load_model(ref, device=device).requires_grad_(False)
 
-        self.behaviour = frozen(learner.policy)
+        self.behaviour_model = frozen(learner.policy)
         self.phase = 0
         self.kind = reference if isinstance(reference, str) else "other"
         self.ema = ema
@@ -81,17 +81,17 @@ class ProximalLearner(OnlineLearner):
 
     def refresh(self) -> None:
         """A phase begins: the merged model is the behaviour model from here on, and moves the mean of them."""
-        self._write_mean(self.members, self.behaviour)
+        self._write_mean(self.members, self.behaviour_model)
         if self.kind == "ema":
-            copy_weights(self.behaviour, self.other, share=self.ema)
+            copy_weights(self.behaviour_model, self.other, share=self.ema)
         self.taken = self._taken()
         self.phase += 1
 
     def _taken(self) -> list[Weights]:
         """The members that the behaviour model is the mean of. Where all weights are trained, it is the one itself."""
         if not self.adapter:
-            return [dict(self.behaviour.named_parameters())]
-        return [{name: weight.detach().clone() for name, weight in member.items()} for member in self.members]
+            return [dict(self.behaviour_model.named_parameters())]
+        return [_kept(member) for member in self.members]
 
     @torch.no_grad()
     def _write_mean(self, members: Sequence[Weights], target: Any) -> None:
@@ -151,7 +151,7 @@ class ProximalLearner(OnlineLearner):
         if self.kind == "start":
             found = self.reference_logps(groups)
         else:
-            found = self.logps_under(self.behaviour if self.other is None else self.other, groups)
+            found = self.logps_under(self.behaviour_model if self.other is None else self.other, groups)
         # In the first phase all three are the start model, and the learner checks that h = 0 before its first update.
         moved = self.phase > 1 and self.kind in ("behaviour", "ema")
         return with_logps(pairs, found, f"{self.kind} {self.phase}" if moved else self._mark)
@@ -160,7 +160,7 @@ class ProximalLearner(OnlineLearner):
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, current: bool = False
     ) -> list[Group]:
         """K answers to every prompt, of the behaviour model; `current`: of the merged model as it is now."""
-        model = _base(self.merged() if current else self.behaviour)
+        model = _base(self.merged() if current else self.behaviour_model)
         if self.copy is None:
             return self._engine(model).sample(prompts, k=k, sampling=sampling, seed=seed)
         copy_weights(model, self.copy)
@@ -172,12 +172,12 @@ class ProximalLearner(OnlineLearner):
 
     def further_drift(self, groups: Sequence[Group]) -> dict[str, list[float]]:
         """The same from the behaviour model: how far this phase has come."""
-        base = self.logps_under(self.behaviour, self._items(groups))
+        base = self.logps_under(self.behaviour_model, self._items(groups))
         return {"log_ratio_to_behaviour_per_token": self._compared(groups, self.merged(), base)[0]}
 
     def sampler_gap(self, groups: Sequence[Group]) -> list[float]:
         """Of the behaviour model's answers, under the behaviour model."""
-        return self._compared(groups, self.behaviour, [[0.0] * len(group.responses) for group in groups])[1]
+        return self._compared(groups, self.behaviour_model, [[0.0] * len(group.responses) for group in groups])[1]
 
     def write(self, folder: Path) -> None:
         """Save the merged model as an ordinary transformers folder."""
@@ -206,13 +206,18 @@ class ProximalLearner(OnlineLearner):
         for optimizer, found in zip(self.optimizers, state["optimizers"], strict=False):
             optimizer.load_state_dict(found)
         if self.adapter:
-            self._write_mean(state["taken"], self.behaviour)
-            self.taken = state["taken"]
+            self._write_mean(state["taken"], self.behaviour_model)
+            self.taken = [_kept(member) for member in state["taken"]]
         else:
             _copy(state["taken"][0], self.taken[0])
         if self.kind == "ema":
             _copy(state["ema"], dict(self.other.named_parameters()))
         self._stale = True
+
+
+def _kept(weights: Weights) -> Weights:
+    """A copy that only checkpoints need, so not on the accelerator."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
 def _copy(source: Weights, target: Weights) -> None:
