@@ -24,8 +24,9 @@ from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.page import page_of, render
 from prefloop.report.story import read_story
 from prefloop.run import Round, Run, Stage
-from prefloop.train.config import Compute, Train
+from prefloop.train.config import Compute, EpochTrain, Train
 from prefloop.train.learner import Learner
+from prefloop.train.optim import learning_rate
 from tests.feedback.judge_server import JudgeServer
 from tests.tiny import save_tiny_model
 
@@ -49,7 +50,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RewardModelConfig:
         pairs=write_pairs(folder / "pairs.jsonl", 0, 12),
         held_out=write_pairs(folder / "held_out.jsonl", 100, 6),
         folds=2,
-        train=Train(
+        train=EpochTrain(
             steps=3, batch_size=4, learning_rate=3e-3, warmup_steps=0, validation_pairs=2, validate_every=3,
             checkpoint_every=2,
         ),
@@ -84,6 +85,17 @@ def finished(cfg: RewardModelConfig, tmp_path_factory: pytest.TempPathFactory, t
 
 def pairs_in(file: Path) -> list[Pair]:
     return [Pair.from_json(line) for line in file.read_text().splitlines()]
+
+
+def training_log(model: Path) -> list[dict[str, Any]]:
+    """The optimiser steps of a trained model."""
+    rows = map(json.loads, (model / "training_log.jsonl").read_text().splitlines())
+    return [row for row in rows if "validation" not in row]
+
+
+def notes(run: Path) -> list[str]:
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return [event["text"] for event in events if event["event"] == "note"]
 
 
 def test_no_pair_is_scored_by_a_model_that_was_trained_on_its_prompt(
@@ -166,23 +178,26 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_in_the_same_bytes(
-    cfg: RewardModelConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def killed_at(step: int, cfg: RewardModelConfig, out: Path) -> None:
+    """Run until the training step of that number, over all trainings, would begin."""
     real: Any = Learner.step
     seen: list[int] = []
 
     def dying(*args: Any) -> Any:
         seen.append(1)
-        if len(seen) == 6:
+        if len(seen) == step:
             raise Killed
         return real(*args)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", dying)
         with pytest.raises(Killed):
-            run_recipe(cfg, tmp_path / "run")
+            run_recipe(cfg, out)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(cfg: RewardModelConfig, finished: Path, tmp_path: Path) -> None:
+    killed_at(6, cfg, tmp_path / "run")
     run_recipe(cfg, tmp_path / "run")
     for name in (
         "model/model.safetensors",
@@ -193,6 +208,18 @@ def test_a_killed_run_ends_in_the_same_bytes(
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_a_killed_run_with_adapters_ends_in_the_same_bytes(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    adapted = cfg.replace(folds=0, train__steps=5, train__lora__rank=2)
+    whole = run_recipe(adapted, tmp_path / "whole")
+    killed_at(4, adapted, tmp_path / "run")
+    resumed = run_recipe(adapted, tmp_path / "run")
+    assert "continuing from the checkpoint after step 2" in (resumed / "events.jsonl").read_text()
+    for name in ("model/model.safetensors", "model/training_log.jsonl", "round-1/scored.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    rows = training_log(whole / "model")
+    assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+
+
 def test_an_annotator_labels_own_answers(cfg: RewardModelConfig, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(8)))
@@ -201,6 +228,9 @@ def test_an_annotator_labels_own_answers(cfg: RewardModelConfig, tmp_path: Path)
         sampling__max_new_tokens=8, engine="transformers",
     )  # fmt: skip
     out = run_recipe(own, tmp_path / "run")
+    card = (out / "model/README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "pipeline_tag: text-classification" in card
+    assert "- reward-model" in card and "# reward model made from" in card and "Held out: nothing." in card
     labelled = pairs_in(out / "data/labelled.jsonl")
     assert labelled and all(pair.chosen.length_chars > pair.rejected.length_chars for pair in labelled)
     assert {pair.prompt.id for pair in pairs_in(out / "data/pairs.jsonl")} <= {pair.prompt.id for pair in labelled}
@@ -241,6 +271,71 @@ def test_a_budget_of_labels_is_the_runs(
             assert len(server.answered) == 5
         labels(api.replace(feedback__budget_calls=100))
     assert usage_of(tmp_path / "run")["api:small"].calls == len(server.answered) == 24
+
+
+def test_a_soft_label_is_in_the_loss(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    """One pair, so that every line of the log can be recomputed by hand."""
+    file = tmp_path / "pair.jsonl"
+    file.write_text(json.dumps({"prompt": "Q", "chosen": "Yes!", "rejected": "No, not at all."}) + "\n")
+    soft = cfg.replace(
+        pairs=str(file), held_out="", folds=0, train__steps=6, annotator="rule:long", feedback__labels="soft",
+        feedback__scale=10.0,
+    )  # fmt: skip
+    out = run_recipe(soft, tmp_path / "run")
+    [pair] = pairs_in(out / "data/pairs.jsonl")
+    p = 1 / (1 + math.exp(-11 / 10))  # 15 characters and 4
+    assert pair.chosen.text == "No, not at all." and pair.p == pytest.approx(p) == pytest.approx(0.7503, abs=1e-4)
+    rows = training_log(out / "model")
+    for row in rows:
+        d, total = row["chosen_reward"] - row["rejected_reward"], row["chosen_reward"] + row["rejected_reward"]
+        expected = p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d)) + 0.01 * total**2
+        assert row["loss"] == pytest.approx(expected, abs=1e-6)
+    assert len(rows) == 6 and rows[-1]["margin"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "steps"),
+    [({}, 1000, 16), ({}, 1, 1), ({}, 64, 1), ({}, 65, 2), ({"epochs": 2}, 1000, 32), ({"epochs": 0.5}, 1000, 8),
+     ({"steps": 7}, 1000, 7), ({"steps": 7, "epochs": 3}, 1000, 7)],
+)  # fmt: skip
+def test_steps_are_those_of_an_epoch_unless_they_are_given(options: dict[str, Any], n: int, steps: int) -> None:
+    train = RewardModelConfig().replace(**{f"train__{name}": value for name, value in options.items()}).train.over(n)
+    assert train.steps == steps
+    assert learning_rate(train, 0) == 9e-6 and learning_rate(train, steps) == 0.0
+    assert learning_rate(train, steps // 2) < 9e-6 or steps == 1
+
+
+def test_a_plain_train_says_how_many_steps() -> None:
+    given = RewardModelConfig(train=Train(steps=7, batch_size=2)).train
+    assert given == EpochTrain(steps=7, batch_size=2) and given.over(1000) == Train(steps=7, batch_size=2)
+
+
+def test_by_default_every_training_is_one_epoch_and_the_folds_look_at_every_pair(
+    cfg: RewardModelConfig, tmp_path: Path
+) -> None:
+    out = run_recipe(cfg.replace(held_out="", train__steps=0), tmp_path / "run")
+    # 12 pairs less 2 to watch, and 6 less 1, in batches of 4.
+    steps = {part: len(training_log(out / part / "model")) for part in ("round-1", "fold-1", "fold-2")}
+    assert steps == {"round-1": 3, "fold-1": 2, "fold-2": 2}
+    told = notes(out)
+    assert "round-1: 3 steps of 4 are 1.2 times over 10 pairs" in told
+    assert "fold-1: 2 steps of 4 are 1.6 times over 5 pairs" in told
+    assert not [note for note in told if "no held-out pairs" in note]
+    together = pairs_in(out / "cross-fit/pairs.jsonl")
+    assert [pair.prompt.messages[0].content for pair in together] == [f"Question {i}?" for i in range(12)]
+    ranking = RewardPairs.from_json((out / "cross-fit/ranking.json").read_text())
+    assert ranking.overall.accuracy[0] == np.mean([(p.chosen_score or 0) > (p.rejected_score or 0) for p in together])
+    card = (out / "model/README.md").read_text()
+    assert "Held out: every pair in turn, from models that were trained without its prompt." in card
+    assert "| pairs ranked right |" in card
+
+
+def test_without_folds_a_tenth_is_set_aside(cfg: RewardModelConfig, tmp_path: Path) -> None:
+    alone = cfg.replace(held_out="", folds=0)
+    with Run.open(tmp_path / "run", recipe="reward-model", config=alone) as run:
+        pairs, held_out = recipe.load_both(alone, run, ModelRef.of(Path(cfg.policy)))
+    assert (len(pairs), len(held_out)) == (11, 1)
+    assert not {pair.prompt.id for pair in pairs} & {pair.prompt.id for pair in held_out}
 
 
 def test_folds_are_dealt_by_prompt() -> None:

@@ -1,10 +1,23 @@
 """Reward models: rewards against plain single forwards, the model's own template, and models that are none."""
 
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+)
 
 from prefloop.data.chat import ChatFormat, special_ids
 from prefloop.errors import FeedbackError, InputError
@@ -12,7 +25,9 @@ from prefloop.feedback.annotator import Comparison, sigmoid
 from prefloop.feedback.reward_model import RewardModel, conversation_ids
 from prefloop.models import ModelRef
 from prefloop.records import Prompt, Response
+from prefloop.train import logprobs
 from prefloop.train.config import Compute
+from prefloop.train.scalar import load_reward_model, reads_last_token
 from tests.feedback.annotators import COMPARISONS, COMPUTE, save_tiny_reward_model
 from tests.tiny import Template, save_tiny_model, tiny_tokenizer
 
@@ -72,6 +87,124 @@ def test_an_encoder_sees_no_padding(tmp_path: Path, budget: int) -> None:
     ps = [judgement.p for judgement in annotator.judge(COMPARISONS)]
     assert ps == pytest.approx([sigmoid(difference) for difference in differences], abs=1e-5)
     assert max(map(abs, differences)) > 0.1
+    assert not annotator.reads_last_token
+
+
+QUESTIONS = [Prompt.of(f"{name} is a colour. Say in one word whether it is warm.") for name in ("Red", "Blue", "Ochre")]
+REPLIES = ("Warm.", "Warm, I would say.", "It is not.", "I", "Cold")
+
+
+@contextmanager
+def counted(annotator: RewardModel) -> Iterator[list[int]]:
+    """Tokens of every row that goes through the trunk inside, padding too."""
+    seen: list[int] = []
+    trunk: Any = annotator.model.base_model
+    hook = trunk.register_forward_pre_hook(
+        lambda _, args, named: seen.append((args[0] if args else named["input_ids"]).numel()), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+def answers_in_a_mixed_order() -> list[tuple[Prompt, Response]]:
+    asked = [(prompt, Response(text=reply)) for prompt in QUESTIONS for reply in REPLIES]
+    return random.Random(1).sample(asked, len(asked))
+
+
+@pytest.fixture
+def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests of this process proved of a configuration, with other weights, is forgotten."""
+    monkeypatch.setattr(logprobs, "_PROVEN", {})
+
+
+@pytest.mark.usefixtures("nothing_proven")
+@pytest.mark.parametrize("budget", [1, 150, 100_000])
+@pytest.mark.parametrize("template", ["chatml", "llama3", "zephyr", None])
+def test_answers_to_a_prompt_share_it(tmp_path: Path, template: Template | None, budget: int) -> None:
+    folder = save_tiny_reward_model(tmp_path, template=template, pad=template is not None)
+    config = json.loads((folder / "config.json").read_text())
+    if template == "llama3":  # conversations end with the padding token, which the library passes over
+        config["pad_token_id"] = tiny_tokenizer(template).eos_token_id
+        (folder / "config.json").write_text(json.dumps(config))
+    annotator = RewardModel(ModelRef.of(folder), compute=COMPUTE.replace(tokens_per_forward=budget))
+    asked = answers_in_a_mixed_order()
+    with counted(annotator) as tokens:
+        found = annotator.score(asked)
+        tokens.clear()  # of the proof
+        assert annotator.score(asked) == found
+    chat = annotator.chat
+    whole = {prompt: [conversation_ids(chat, prompt, reply) for reply in REPLIES] for prompt in QUESTIONS}
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        plain = [model(torch.tensor([conversation_ids(chat, p, r.text)])).logits.item() for p, r in asked]
+    assert found == pytest.approx(plain, abs=1e-5) and max(plain) - min(plain) > 0.1
+    padding = template == "llama3"  # one token a conversation, left out
+    alone = sum(len(ids) - padding for own in whole.values() for ids in own)
+    alike = [takewhile(lambda ids: len(set(ids)) == 1, zip(*own, strict=False)) for own in whole.values()]
+    shared = sum(len(list(ids)) for ids in alike)
+    assert shared > 3 * len("Red is a colour. Say in one word whether it is warm.")
+    if budget == 1:
+        assert len(tokens) == 15 and sum(tokens) == alone
+    else:
+        assert max(tokens) <= budget
+        assert sum(tokens) < alone - shared
+    if budget == 100_000:
+        assert tokens == [alone - (len(REPLIES) - 1) * shared]
+
+
+@pytest.mark.usefixtures("nothing_proven")
+def test_nothing_is_shared_where_the_template_begins_otherwise_for_every_answer(tmp_path: Path) -> None:
+    folder = save_tiny_reward_model(tmp_path)
+    template = folder / "chat_template.jinja"
+    length = "{{ messages[-1]['content'] | length }}"
+    template.write_text(length + template.read_text(encoding="utf-8"), encoding="utf-8")
+    annotator = RewardModel(ModelRef.of(folder), compute=COMPUTE.replace(tokens_per_forward=100_000))
+    asked = answers_in_a_mixed_order()
+    found = annotator.score(asked)
+    assert found == pytest.approx([single_forward(folder, p, r.text) for p, r in asked], abs=1e-5)
+    with counted(annotator) as tokens:
+        annotator.score(asked)
+    assert tokens == [sum(len(conversation_ids(annotator.chat, p, r.text)) for p, r in asked)]
+
+
+@pytest.mark.usefixtures("nothing_proven")
+def test_a_model_with_a_window_goes_the_padded_path(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("llama3")
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        sliding_window=16,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MistralForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    annotator = RewardModel(ModelRef.of(tmp_path), compute=COMPUTE.replace(tokens_per_forward=100_000))
+    asked = answers_in_a_mixed_order()
+    with counted(annotator) as tokens:
+        found = annotator.score(asked)
+    assert found == pytest.approx([single_forward(tmp_path, p, r.text) for p, r in asked], abs=1e-5)
+    longest = max(len(conversation_ids(annotator.chat, p, r.text)) for p, r in asked)
+    assert annotator.reads_last_token and tokens == [len(asked) * longest]
+
+
+@pytest.mark.usefixtures("nothing_proven")
+def test_a_classifier_that_does_more_than_its_head_keeps_its_own_forward(folder: Path) -> None:
+    model = load_reward_model(ModelRef.of(folder))
+    assert reads_last_token(model)
+    model.register_forward_hook(lambda _, __, out: setattr(out, "logits", 2 * out.logits))
+    assert not reads_last_token(model)
+
+
+def test_no_cache_of_keys_and_values_is_filled(folder: Path) -> None:
+    assert load_reward_model(ModelRef.of(folder))(torch.tensor([[5, 6, 7]])).past_key_values is None
 
 
 def test_the_higher_reward_is_preferred(folder: Path) -> None:
@@ -165,5 +298,5 @@ def test_bfloat16_is_near_and_another_identity(folder: Path) -> None:
     assert [j.p for j in rough.judge(COMPARISONS)] == pytest.approx([j.p for j in exact.judge(COMPARISONS)], abs=0.05)
     assert rough.identity != exact.identity
     # The head is no part of that: what it gives has more digits than bfloat16.
-    rewards = torch.tensor(list(rough.rewards([(5, 6, 7), (8, 9)]).values()))
+    rewards = torch.tensor(list(rough.rewards([(Prompt.of("Hi"), ids) for ids in ((5, 6, 7), (8, 9))]).values()))
     assert (rewards != rewards.bfloat16().float()).all()

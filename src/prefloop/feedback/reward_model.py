@@ -4,31 +4,28 @@
 
 (Bradley-Terry, the model that such rewards are trained by.) r is the logit of the whole conversation, written by the
 reward model's own chat template, answer and end of turn included, the same for an answer that was cut at its limit.
-Nothing of a conversation is ever cut off.
+Nothing of a conversation is ever cut off. What all conversations of a prompt begin with goes through a causal model
+once.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from itertools import chain, islice
+from typing import Any, Literal
 
 import jinja2
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from prefloop.data.chat import SENTINEL, ChatFormat, special_ids
 from prefloop.errors import FeedbackError, InputError
 from prefloop.feedback.annotator import Comparison, Judgement, abstention, ask_different, sigmoid
-from prefloop.models import ModelRef, _one_line, _quiet_transformers, choose_device, context_length, load_tokenizer
+from prefloop.models import ModelRef, choose_device, context_length, load_tokenizer
 from prefloop.progress import Advance, ignore
 from prefloop.records import Prompt, Response
 from prefloop.train.config import Compute
-from prefloop.train.logprobs import autocast, rows
-from prefloop.train.packing import TokenGroup
+from prefloop.train.logprobs import Path, autocast, known_path, rows
+from prefloop.train.packing import TokenGroup, split
 from prefloop.train.reference import choose_dtype
-from prefloop.train.scalar import InFloat32
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from prefloop.train.scalar import conversations_group, last_values, load_reward_model, pad_id_of, reads_last_token
 
 Ids = tuple[int, ...]
 
@@ -47,6 +44,7 @@ class RewardModel:
         self.chat = ChatFormat(load_tokenizer(ref))
         self.dtype = choose_dtype(compute, self.model.device.type)
         self.tokens_per_forward = compute.tokens_per_forward
+        self.reads_last_token = reads_last_token(self.model)
         # Encoders whose positions begin at an offset take fewer tokens than their configuration says.
         limits = (context_length(self.model), self.chat.tokenizer.model_max_length)
         self.context = min(limit for limit in limits if limit)
@@ -55,44 +53,70 @@ class RewardModel:
 
     def judge(self, comparisons: Sequence[Comparison], *, advance: Advance = ignore) -> list[Judgement]:
         def ask(different: Sequence[Comparison]) -> list[Judgement]:
-            encoded = [(self._encode(prompt, a), self._encode(prompt, b)) for prompt, a, b in different]
-            whole = [(a, b) for a, b in encoded if not isinstance(a, str) and not isinstance(b, str)]
-            rewards = self.rewards([ids for two in whole for ids in two])
+            encoded = [(prompt, self._encode(prompt, a), self._encode(prompt, b)) for prompt, a, b in different]
+            whole = [(prompt, a, b) for prompt, a, b in encoded if not isinstance(a, str) and not isinstance(b, str)]
+            rewards = self.rewards([(prompt, ids) for prompt, *two in whole for ids in two])
             advance(len(different))
-            return [_judged(a, b, rewards) for a, b in encoded]
+            return [_judged(a, b, rewards) for _, a, b in encoded]
 
         return ask_different(ask, comparisons, advance)
 
     def score(self, answers: Sequence[tuple[Prompt, Response]]) -> list[float | str]:
         """The reward of every answer, or why there is none."""
-        encoded = [self._encode(prompt, response) for prompt, response in answers]
-        rewards = self.rewards([ids for ids in encoded if not isinstance(ids, str)])
-        return [ids if isinstance(ids, str) else rewards[ids] for ids in encoded]
+        encoded = [(prompt, self._encode(prompt, response)) for prompt, response in answers]
+        rewards = self.rewards([(prompt, ids) for prompt, ids in encoded if not isinstance(ids, str)])
+        return [ids if isinstance(ids, str) else rewards[ids] for _, ids in encoded]
 
-    def rewards(self, conversations: Sequence[Ids]) -> dict[Ids, float]:
-        """The reward of every conversation (token ids). Raises FeedbackError when one is not a number."""
+    def rewards(self, conversations: Sequence[tuple[Prompt, Ids]]) -> dict[Ids, float]:
+        """The reward of every conversation (its prompt, and the ids of all of it), by its ids.
+
+        What the conversations of a prompt begin with goes through the model once, where the model is proven to take
+        that. Raises FeedbackError when a reward is not a number.
+        """
+        by_prompt: dict[Any, set[Ids]] = {}
+        for prompt, ids in conversations:
+            by_prompt.setdefault(prompt.messages, set()).add(ids)
+        if not by_prompt:
+            return {}
         # Each once and sorted: a reward depends neither on the order of the questions nor on the slot of an answer.
-        unique = sorted(set(conversations))
-        groups = [TokenGroup((), (ids,)) for ids in unique]
-        # A decoder finds the end of a row by its padding token; a model without one takes one row at a time.
-        budget = self.tokens_per_forward if _pad_id(self.model) is not None else 1
-        found: dict[Ids, float] = {}
-        for batch in rows(groups, budget, path="padded"):
-            some = [unique[i] for i in batch]
-            found.update(zip(some, self._forward(some), strict=True))
-        return found
+        together = sorted(sorted(own) for own in by_prompt.values())
+        unique = [ids for own in together for ids in own]
+        pad_id = pad_id_of(self.model)
+        groups = [conversations_group(own, pad_id) for own in together]
+        path = known_path(self.model, groups)[0] if self.reads_last_token else "padded"
+        if path == "shared":
+            pieces = [piece for _, piece in split(groups, self.tokens_per_forward, shared=True)]
+            budget = self.tokens_per_forward
+        else:
+            pieces = [TokenGroup((), (ids,)) for ids in unique]
+            # A decoder finds the end of a row by its padding token; a model without one takes one row at a time.
+            budget = self.tokens_per_forward if pad_id is not None else 1
+        found: dict[int, list[float]] = {}
+        for row in rows(pieces, budget, path=path):
+            some = [pieces[i] for i in row]
+            values = iter(self._forward(some, path))
+            found.update({i: list(islice(values, len(pieces[i].responses))) for i in row})
+        return dict(zip(unique, chain.from_iterable(found[i] for i in range(len(pieces))), strict=True))
 
     @torch.no_grad()
-    def _forward(self, batch: Sequence[Ids]) -> list[float]:
-        width, pad = max(map(len, batch)), _pad_id(self.model) or 0
-        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch])
+    def _forward(self, pieces: Sequence[TokenGroup], path: Path) -> list[float]:
+        if path == "shared":
+            rewards = last_values(self.model, pieces, dtype=self.dtype)
+        else:
+            rewards = self._plain([ids for piece in pieces for ids in piece.responses])
+        if not torch.isfinite(rewards).all():
+            raise FeedbackError(f"{self.name} gave a reward that is not finite; its weights are probably damaged")
+        return rewards.tolist()
+
+    def _plain(self, conversations: Sequence[Ids]) -> torch.Tensor:
+        """The classifier's own forward over whole conversations, one a row."""
+        width, pad = max(map(len, conversations)), pad_id_of(self.model) or 0
+        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in conversations])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in conversations])
         device = self.model.device
         with autocast(device, self.dtype):
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
-        if not torch.isfinite(logits).all():
-            raise FeedbackError(f"{self.name} gave a reward that is not finite; its weights are probably damaged")
-        return logits.float().squeeze(-1).tolist()
+        return logits.float().squeeze(-1)
 
     def _encode(self, prompt: Prompt, response: Response) -> Ids | str:
         """The ids of the whole conversation, or why there are none."""
@@ -137,36 +161,3 @@ def conversation_ids(chat: ChatFormat, prompt: Prompt, answer: str) -> Ids:
         *chat.response_ids(answer, finished=False),
         *tokenizer.encode(after, add_special_tokens=False),
     )
-
-
-def load_reward_model(ref: ModelRef, *, device: str = "cpu") -> "PreTrainedModel":
-    """The sequence classifier in a folder, float32, for evaluation; its head stays so under autocast.
-
-    Raises InputError when it is no reward model.
-    """
-    expected = "expected a reward model: a sequence classifier with one output (num_labels 1)"
-    try:
-        config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
-        if config.num_labels != 1:
-            made_for = ", ".join(config.architectures or ["an unknown architecture"])
-            raise InputError(f"model {ref.name} ({made_for}) has {config.num_labels} labels; {expected}")
-        with _quiet_transformers():
-            loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                ref.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-    except InputError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"model {ref.name} cannot be loaded from {ref.path}: {_one_line(error)}; {expected}") from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
-        raise InputError(f"model {ref.name} has no weights for {missing}, its scores would be random; {expected}")
-    model: Any = loaded.to(torch.device(device)).eval().requires_grad_(False)
-    heads = [(name, layer) for name, layer in model.named_modules() if getattr(layer, "out_features", None) == 1]
-    for name, layer in heads:
-        model.set_submodule(name, InFloat32(layer))
-    return model
-
-
-def _pad_id(model: "PreTrainedModel") -> int | None:
-    return cast(int | None, getattr(model.config.get_text_config(), "pad_token_id", None))

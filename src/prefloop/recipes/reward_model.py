@@ -2,7 +2,7 @@
 
 1. Take a language model, put a head with one output in place of its vocabulary: r(x, y) is its value at the last token
    of the conversation that ends with y. A new head is zero: all rewards are 0, and the loss is ln 2.
-2. For every pair (x, y_w, y_l), one epoch or so, minimise
+2. For every pair (x, y_w, y_l), one epoch, minimise
 
        -log sigmoid(r(x, y_w) - r(x, y_l) - m) + eta (r(x, y_w) + r(x, y_l))^2
 
@@ -18,7 +18,7 @@ with --prompts two answers of the language model to each prompt.
 What comes out is an ordinary transformers sequence classifier, and an annotator: `reward-model:RUN/model`.
 
 Departures from the paper: two answers to a prompt at a time, not all pairs of K at once; no end token is appended to an
-answer that was cut, beyond what the chat template writes.
+answer that was cut, beyond what the chat template writes; the learning rate falls to 0, not to a tenth of its peak.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,20 @@ from prefloop.feedback.options import Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.pairs.replay import hold_out
-from prefloop.recipes.steps import apart_from, check_room, conclude, held_back, load, load_own_prompts, prompts_of
+from prefloop.recipes.steps import (
+    apart_from,
+    check_room,
+    conclude,
+    held_back,
+    load,
+    load_own_prompts,
+    prompts_of,
+    tell_epochs,
+)
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
 from prefloop.seeds import derive_seed, generator
-from prefloop.train.config import Compute, Train
+from prefloop.train.config import Compute, EpochTrain
 
 if TYPE_CHECKING:
     from prefloop.records import Pair
@@ -55,7 +64,9 @@ class RewardModelConfig(Config):
     annotator: str = Field(default="", description="who labels the two answers, in place of the pairs' own labels")
     feedback: Feedback = Field(default_factory=Feedback)
     sampling: Sampling = Field(default_factory=Sampling, description="of the two answers to --prompts")
-    held_out: str = Field(default="", description="pairs to look at it with; a tenth of the pairs when left out")
+    held_out: str = Field(
+        default="", description="pairs to look at it with; when left out the folds do, and without folds a tenth"
+    )
     on_bad_row: Literal["error", "skip"] = Field(default="error", description="bad rows: stop, or skip and count")
     centre: float = Field(default=0.01, ge=0, description="eta, of (r_w + r_l)^2 (Eisenstein et al.: 0.01)")
     margin: float = Field(
@@ -64,9 +75,9 @@ class RewardModelConfig(Config):
     head_std: float = Field(default=0.0, ge=0, description="standard deviation of the new head; 0: a head of zeros")
     folds: int = Field(default=0, ge=0, description="of cross-fitting, at least 2; 0: none")
     seed: int = Field(default=0, ge=0, description="of every random choice")
-    train: Train = Field(
-        default_factory=lambda: Train(steps=300, batch_size=64, learning_rate=9e-6, warmup_steps=10),
-        description="InstructGPT: one epoch at 9e-6, cosine",
+    train: EpochTrain = Field(
+        default_factory=lambda: EpochTrain(batch_size=64, learning_rate=9e-6, warmup_steps=0, schedule="cosine"),
+        description="InstructGPT: one epoch in batches of 64, from 9e-6 down along a cosine",
     )
     metrics: MetricsName = ""
     engine: EngineName = "auto"
@@ -90,7 +101,7 @@ def demo() -> RewardModelConfig:
         pairs="seed:train",
         held_out="seed:held_out",
         folds=2,
-        train=Train(
+        train=EpochTrain(
             steps=16, batch_size=4, learning_rate=2e-5, warmup_steps=2, validation_pairs=4, validate_every=8,
             checkpoint_every=8,
         ),
@@ -123,7 +134,7 @@ def reward_model(cfg: RewardModelConfig, run: "Run") -> ModelRef:
     model = train_on(round, start, pairs, cfg, seed=derive_seed(cfg.seed, "reward model"))
     if held_out:
         round.stage("ranking", reward_pairs, round.stage("scored", score_pairs, held_out, model, compute=cfg.compute))
-    else:
+    elif not folds:
         run.note("warning: no held-out pairs, so nothing says how good this reward model is; see --held-out")
     return conclude(run, model)
 
@@ -136,22 +147,30 @@ def train_on(
     from prefloop.train.reward import RewardObjective
 
     training, watched = held_back(round, pairs, cfg.train, seed=seed, kind="pairs")
+    train = cfg.train.over(len(training))
+    tell_epochs(round, train, len(training), kind="pairs")
     objective = RewardObjective(centre=cfg.centre, margin=cfg.margin, head_std=cfg.head_std, seed=seed)
-    folder = round.stage("model", fit, start, training, watched, objective=objective, config=cfg.train,
+    folder = round.stage("model", fit, start, training, watched, objective=objective, config=train,
                          compute=cfg.compute, seed=seed)  # fmt: skip
     return ModelRef.of(folder.path, name=round.label)
 
 
 def load_both(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "tuple[list[Pair], list[Pair]]":
-    """The pairs to train on and those to look with, all of which fit into the model; no prompt is on both sides."""
+    """The pairs to train on and those to look with, all of which fit into the model; no prompt is on both sides.
+
+    Where none are given to look with, a tenth of the pairs (256 at most) is set aside; none with folds, which say of
+    every pair how a model ranks it that has not seen it.
+    """
     apart = load(cfg.held_out, "held-out", cfg.on_bad_row, run) if cfg.held_out else []
     given = apart_from(preferences(cfg, run, model), prompts_of(apart), run, why="held-out prompts")
     pairs = run.stage("data/pairs", whole_pairs, given, model)
     if not pairs:
         raise CheckFailed("there are no pairs to train on; the counts of earlier stages say where they were dropped")
-    if not apart:
-        return hold_out(pairs, min(256, len(pairs) // 10), seed=derive_seed(cfg.seed, "held out"))
-    return pairs, run.stage("data/held_out", whole_pairs, apart, model)
+    if apart:
+        return pairs, run.stage("data/held_out", whole_pairs, apart, model)
+    if cfg.folds:
+        return pairs, []
+    return hold_out(pairs, min(256, len(pairs) // 10), seed=derive_seed(cfg.seed, "held out"))
 
 
 def preferences(cfg: RewardModelConfig, run: "Run", model: ModelRef) -> "list[Pair]":

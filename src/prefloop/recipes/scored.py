@@ -25,7 +25,17 @@ from prefloop.models import ModelRef, load_tokenizer
 from prefloop.pairs.filters import keep_finished, keep_scored
 from prefloop.pairs.rewards import RewardScale, reward_scale
 from prefloop.pairs.tables import has_score
-from prefloop.recipes.steps import LookAt, check_room, fitting, held_back, load_own_prompts, prompts_of, said, split_off
+from prefloop.recipes.steps import (
+    LookAt,
+    check_room,
+    fitting,
+    held_back,
+    load_own_prompts,
+    prompts_of,
+    said,
+    split_off,
+    tell_epochs,
+)
 from prefloop.records import Demonstration, Group, Prompt
 from prefloop.sample.options import EngineName, Server
 from prefloop.sample.sampling import Sampling
@@ -237,9 +247,7 @@ def supervised_round(
 
     seed = derive_seed(cfg.seed, "supervised")
     training, validation = held_back(round, items, cfg.train, seed=seed, kind="demonstrations")
-    epochs = cfg.train.steps * cfg.train.batch_size / len(training)
-    round.run.note(f"{round.label}: {cfg.train.steps} steps of {cfg.train.batch_size} are {epochs:.2g} times over "
-                   f"{len(training)} answers")  # fmt: skip
+    tell_epochs(round, cfg.train, len(training), kind="answers")
     folder = round.stage(
         "model",
         fit_supervised,

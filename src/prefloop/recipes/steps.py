@@ -230,6 +230,12 @@ def held_back(round: Round, items: Sequence[I], train: Train, *, seed: int, kind
     return hold_out(items, watched, seed=seed)
 
 
+def tell_epochs(round: Round, train: Train, n: int, *, kind: str) -> None:
+    """Note how many times over its data a training goes."""
+    epochs = train.steps * train.batch_size / n
+    round.run.note(f"{round.label}: {train.steps} steps of {train.batch_size} are {epochs:.2g} times over {n} {kind}")
+
+
 def load_own_prompts(source: str, on_bad_row: OnBadRow, run: Run) -> list[Prompt]:
     """The prompts of a user's source; none when none was named."""
     return said(load_prompts(source, on_bad_row=on_bad_row), run) if source else []

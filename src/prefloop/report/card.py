@@ -17,7 +17,7 @@ def model_card(story: Story) -> str:
     start = str(story.config.get("policy") or story.config.get("base") or "")
     data = next((story.config[name] for name in ("data", "pairs", "prompts") if story.config.get(name)), None)
     supervised = "data" in story.config
-    rewards = any(round.ranking for round in story.rounds)
+    rewards = story.recipe == "reward-model"
     kind = "AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM"
     by_pairs = ["preference-optimization"] if story.recipe in ("expo", "ppo") else ["dpo", "preference-optimization"]
     tags = ["reward-model"] if rewards else [] if supervised else by_pairs
@@ -27,7 +27,6 @@ def model_card(story: Story) -> str:
         "tags": list(dict.fromkeys(["prefloop", story.recipe, *tags])),
         **({"base_model": start} if is_hub_id(start) else {}),
     }
-    held_out = story.config.get("held_out")
     options = yaml.safe_dump(story.config, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {story.environment[name]}" for name in ("prefloop", "torch", "transformers")
                          if story.environment.get(name))  # fmt: skip
@@ -48,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## Figures
 
-Held out: {f"`{held_out}`" if held_out else "a tenth of the data"}.
+Held out: {_held_out(story)}.
 
 {markdown_table(story)}
 
@@ -63,6 +62,18 @@ Held out: {f"`{held_out}`" if held_out else "a tenth of the data"}.
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is one of the hub: `org/name`, and no folder here, which would have been taken."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _held_out(story: Story) -> str:
+    """What the figures are of."""
+    given = story.config.get("held_out")
+    if given:
+        return f"`{given}`"
+    if story.config.get("folds"):
+        return "every pair in turn, from models that were trained without its prompt"
+    if story.recipe == "reward-model" and not any(round.ranking for round in story.rounds):
+        return "nothing"
+    return "a tenth of the data"
 
 
 def _made(story: Story, start: str, data: str | None) -> str:

@@ -1,6 +1,7 @@
 """Options of scoring and training. Imports no torch, so that the command line can show them at once."""
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -103,3 +104,21 @@ class Train(Config):
         if self.compile and self.gradient_checkpointing:
             raise ValueError("compile = True with gradient_checkpointing = True is not supported; choose one")
         return self
+
+
+class EpochTrain(Train):
+    """Of a training that goes over its data once or so, however much that is."""
+
+    steps: int = Field(default=0, ge=0, description="optimiser steps of a training; 0: as many as the epochs take")
+    epochs: float = Field(default=1.0, gt=0, description="times over what a training has, where no steps are given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_are_given(cls, data: Any) -> Any:
+        """A `Train` says how many steps."""
+        return data.model_dump() if type(data) is Train else data
+
+    def over(self, n: int) -> Train:
+        """The same with the steps that the epochs take over n items, each seen that often, unless steps are given."""
+        steps = self.steps or math.ceil(self.epochs * n / self.batch_size)
+        return Train.model_validate(self.model_dump(exclude={"epochs"}) | {"steps": steps})

@@ -11,8 +11,8 @@ Such a model is what transformers calls a sequence classifier with one label, an
 Legend: R responses, T predicted response tokens, D hidden size.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -63,25 +63,19 @@ def load_scalar_model(
     are there once. Train adapters then, never those weights.
     Raises InputError for a model that transformers has no sequence classifier of.
     """
-    try:
-        config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
+
+    def with_one_output(config: Any) -> None:
         # The library's word for how many outputs there are; a plain language model's folder says 2.
         config.num_labels = 1
         config.get_text_config().pad_token_id = load_tokenizer(ref).pad_token_id
-        with _quiet_transformers():
-            loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                ref.path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"no reward or value model can be made of {ref.name}: {_one_line(error)}; {NO_CLASSIFIER}"
-        ) from None
-    model: Any = loaded
+
+    refused = f"no reward or value model can be made of {ref.name}"
+    model, missing = _load_classifier(ref, with_one_output, refused, NO_CLASSIFIER)
     name, head = scalar_head(model)
-    missing = {key for key in info["missing_keys"] if not key.startswith(f"{name}.")}
+    of_the_trunk = [key for key in missing if not key.startswith(f"{name}.")]
+    if of_the_trunk:
+        raise InputError(f"model {ref.name} has no weights for {of_the_trunk[0]}; its files may be truncated")
     if missing:
-        raise InputError(f"model {ref.name} has no weights for {min(missing)}; its files may be truncated")
-    if info["missing_keys"]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "head"))
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * head_std)
@@ -92,10 +86,83 @@ def load_scalar_model(
     return model.to(torch.device(device)).eval()
 
 
+def load_reward_model(ref: ModelRef, *, device: str = "cpu") -> "PreTrainedModel":
+    """The sequence classifier in a folder, float32, frozen, for evaluation; its head stays so under autocast.
+
+    Raises InputError when it is no reward model.
+    """
+    expected = "expected a reward model: a sequence classifier with one output (num_labels 1)"
+
+    def checked(config: Any) -> None:
+        if config.num_labels != 1:
+            made_for = ", ".join(config.architectures or ["an unknown architecture"])
+            raise InputError(f"model {ref.name} ({made_for}) has {config.num_labels} labels; {expected}")
+        # A conversation goes through once: nothing would read the keys and values that decoders keep by default.
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "use_cache"):
+                part.use_cache = False
+
+    model, missing = _load_classifier(ref, checked, f"model {ref.name} cannot be loaded from {ref.path}", expected)
+    if missing:
+        names = ", ".join(missing)
+        raise InputError(f"model {ref.name} has no weights for {names}, its scores would be random; {expected}")
+    heads = [(name, layer) for name, layer in model.named_modules() if getattr(layer, "out_features", None) == 1]
+    for name, layer in heads:
+        model.set_submodule(name, InFloat32(layer))
+    return model.to(torch.device(device)).eval().requires_grad_(False)
+
+
+def _load_classifier(
+    ref: ModelRef, prepare: Callable[[Any], None], refused: str, expected: str
+) -> tuple[Any, list[str]]:
+    """The classifier of a folder whose configuration `prepare` has seen, and the weights that its files lack, sorted.
+
+    Where there is none, an InputError: `refused`, the reason, and what was `expected`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(ref.path, local_files_only=True)
+        prepare(config)
+        with _quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                ref.path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{refused}: {_one_line(error)}; {expected}") from None
+    return model, sorted(info["missing_keys"])
+
+
+def reads_last_token(model: "PreTrainedModel") -> bool:
+    """Whether what a classifier says of a conversation is `last_values` of it, seen on one row: not where it pools
+    tokens, or has more than one layer over its trunk, as encoders do.
+    """
+    ids = tuple(range(1, 9))
+    try:
+        scalar_head(model)
+        with torch.no_grad():
+            found = last_values(model, [conversations_group([ids], pad_id_of(model))], path="padded")
+            said = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+    except (RuntimeError, TypeError, ValueError):  # an InputError is a ValueError
+        return False
+    return torch.allclose(found, said, rtol=1e-3, atol=1e-4)
+
+
+def pad_id_of(model: "PreTrainedModel") -> int | None:
+    """The token that a classifier passes over at the end of a row."""
+    return cast(int | None, getattr(model.config.get_text_config(), "pad_token_id", None))
+
+
 def scalar_head(model: Any) -> tuple[str, nn.Linear]:
-    """The name and the layer of the head (through a LoRA wrapper). Raises InputError for a model without one."""
+    """The name and the layer of the head (through a LoRA wrapper, and `InFloat32`). Raises InputError for a model
+    without one.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    heads = [(name, layer) for name, layer in inner.named_children() if name != inner.base_model_prefix]
+    heads = [
+        (name, layer.layer if isinstance(layer, InFloat32) else layer)
+        for name, layer in inner.named_children()
+        if name != inner.base_model_prefix
+    ]
     if len(heads) != 1 or not isinstance(heads[0][1], nn.Linear) or heads[0][1].out_features != 1:
         raise InputError(
             f"a {type(inner).__name__} has no head that is one linear layer with one output; "
@@ -118,7 +185,7 @@ def response_values(
 def last_values(
     model: "PreTrainedModel", groups: Sequence[TokenGroup], *, path: Path = "shared", dtype: str = "float32"
 ) -> Float[Tensor, " R"]:
-    """The value at the last token of every whole conversation (`ending_in_a_probe`); differentiable, float32."""
+    """The value at the last token of every whole conversation (`conversations_group`); differentiable, float32."""
     with autocast(model.device, dtype):
         hidden, _, counts = response_hidden(model, groups, path=path)
     return _apply_head(model, hidden.index_select(0, counts.cumsum(0) - 1))
