@@ -1,6 +1,7 @@
 """Reward models: rewards and gradients against the plain classifier, the loss in closed form, what is saved."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,17 @@ def test_a_model_without_a_classifier_is_known_from_its_configuration(start: Mod
     check_has_classifier(ModelRef.of(tmp_path / "one"))
     with pytest.raises(InputError, match=r"three: it is a classifier with 3 labels; expected a causal"):
         check_has_classifier(ModelRef.of(tmp_path / "three"))
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_told(start: ModelRef, tmp_path: Path) -> None:
+    """As after a pad token was added to the tokenizer, and the embeddings were not resized."""
+    folder = Path(shutil.copytree(start.path, tmp_path / "model"))
+    tokenizer = load_tokenizer(start)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    said = rf"pads with '<new>' \({len(tokenizer) - 1}\), and the model has {len(tokenizer) - 1} tokens; resize"
+    with pytest.raises(InputError, match=said):
+        load_scalar_model(ModelRef.of(folder))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -27,6 +27,7 @@ from prefloop.feedback.options import AnnotatorName, Feedback
 from prefloop.metrics import MetricsName
 from prefloop.models import ModelRef, resolve
 from prefloop.recipes.dpo import dpo_round
+from prefloop.recipes.online import check_nothing_to_watch
 from prefloop.recipes.ppo import Ppo, check_options, load_scorers, reinforce, start_of_values
 from prefloop.recipes.steps import LookAt, check_room, conclude, look_at, offline_and_held_out, prompts_of
 from prefloop.sample.options import EngineName, Server
@@ -111,6 +112,7 @@ def mpo(cfg: MpoConfig, run: "Run") -> ModelRef:
     """Run MPO; returns the final model, RUN/model."""
     from prefloop.pairs.margins import find_split
 
+    check_nothing_to_watch(cfg)
     start = resolve(cfg.policy)
     check_options(cfg, run)
     values = start_of_values(cfg, start)

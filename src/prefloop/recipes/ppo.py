@@ -130,7 +130,8 @@ def ppo(cfg: PpoConfig, run: "Run") -> ModelRef:
     judges = load_scorers(cfg, run)
     look = partial(look_at, run, start, [], cfg, prompts=held_out, evaluator=judges.evaluator)
 
-    look("start", start)
+    if not look("start", start):
+        run.note("warning: no held-out prompts, so no rewards of own answers; see --held-out and --look-at.answers")
     folder = run.round(1).stage("model", reinforce, start, values, prompts, judges, cfg)
     trained = ModelRef.of(folder.path, name="round-1")
     look("round-1", trained)

@@ -59,6 +59,7 @@ class OnlineLearner:
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, current: bool = False
     ) -> list[Group]:
         """K answers to every prompt, of the current weights or as `behaviour` says; `current`: whatever it says."""
+        self.learner.free_gradients()  # of the last step: the sampler's cache takes their place
         of_start = self.behaviour == "start" and not current
         if self.copy is not None:
             with self._switched_off() if of_start and self.adapter else nullcontext():
@@ -88,9 +89,9 @@ class OnlineLearner:
     def reference_tokens(self, items: Sequence[Any]) -> list[list[float]]:
         """Log-probabilities under the start model of every response token, in nats, item by item (`Learner.tokens`)."""
         if self.reference is not None:
-            return self.learner.tokens(items, self.reference)
+            return self.learner.tokens(items, self.reference, name="the reference")
         with self._switched_off():
-            return self.learner.tokens(items)
+            return self.learner.tokens(items, name="the reference")
 
     def reference_logps(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """Summed log-probabilities under the start model, in nats, response by response."""
@@ -118,7 +119,11 @@ class OnlineLearner:
 
     def sampler_gap(self, groups: Sequence[Group]) -> list[float]:
         """|log p(sampler) - log p(trainer)| of every token, both of the model that `sample` drew the answers from."""
-        return self.drift(groups)[1]
+        return self._gap_of(groups, self.learner.model)
+
+    def _gap_of(self, groups: Sequence[Group], model: Any) -> list[float]:
+        """`sampler_gap` of answers that `model` gave."""
+        return self._compared(groups, model, [[0.0] * len(group.responses) for group in groups])[1]
 
     def _items(self, groups: Sequence[Group]) -> list[TokenGroup]:
         return [token_group(self.learner.chat, group.prompt, group.responses) for group in groups]

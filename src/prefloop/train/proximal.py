@@ -160,6 +160,7 @@ class ProximalLearner(OnlineLearner):
         self, prompts: Sequence[Prompt], *, k: int, sampling: Sampling, seed: int, current: bool = False
     ) -> list[Group]:
         """K answers to every prompt, of the behaviour model; `current`: of the merged model as it is now."""
+        self.learner.free_gradients()
         model = _base(self.merged() if current else self.behaviour_model)
         if self.copy is None:
             return self._engine(model).sample(prompts, k=k, sampling=sampling, seed=seed)
@@ -177,7 +178,7 @@ class ProximalLearner(OnlineLearner):
 
     def sampler_gap(self, groups: Sequence[Group]) -> list[float]:
         """Of the behaviour model's answers, under the behaviour model."""
-        return self._compared(groups, self.behaviour_model, [[0.0] * len(group.responses) for group in groups])[1]
+        return self._gap_of(groups, self.behaviour_model)
 
     def write(self, folder: Path) -> None:
         """Save the merged model as an ordinary transformers folder."""

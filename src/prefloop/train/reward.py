@@ -69,6 +69,7 @@ class RewardObjective(Objective[Pair]):
     seed: int = 0
 
     kind: ClassVar = "pairs"
+    reads: ClassVar = "reward"
 
     @property
     def identity(self) -> str:

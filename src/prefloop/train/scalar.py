@@ -63,13 +63,19 @@ def load_scalar_model(
     are there once. Train adapters then, never those weights.
     Raises InputError for a model that transformers has no sequence classifier of.
     """
+    refused = f"no reward or value model can be made of {ref.name}"
 
     def with_one_output(config: Any) -> None:
         # The library's word for how many outputs there are; a plain language model's folder says 2.
         config.num_labels = 1
-        config.get_text_config().pad_token_id = load_tokenizer(ref).pad_token_id
+        text, tokenizer = config.get_text_config(), load_tokenizer(ref)
+        text.pad_token_id = tokenizer.pad_token_id
+        if (tokenizer.pad_token_id or 0) >= text.vocab_size:
+            raise InputError(
+                f"{refused}: its tokenizer pads with {tokenizer.pad_token!r} ({tokenizer.pad_token_id}), and the model "
+                f"has {text.vocab_size} tokens; resize its embeddings, or make another token the tokenizer's pad_token"
+            )
 
-    refused = f"no reward or value model can be made of {ref.name}"
     model, missing = _load_classifier(ref, with_one_output, refused, NO_CLASSIFIER)
     name, head = scalar_head(model)
     of_the_trunk = [key for key in missing if not key.startswith(f"{name}.")]
