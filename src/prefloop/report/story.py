@@ -140,7 +140,7 @@ def read_story(path: Path) -> Story:
 def training_pairs(story: Story, round: Round) -> tuple[str, list[Pair]]:
     """The pairs that a round was trained on, and the file they are in; none for the start.
 
-    Those of an online method are its questions that became pairs, with what the annotator said as `p`.
+    Those of an online method are the questions that its annotator made pairs of, with what it said as `p`.
     """
     mixed, computed, online = (
         f"{round.label}/mixed.jsonl",
@@ -159,7 +159,7 @@ def training_pairs(story: Story, round: Round) -> tuple[str, list[Pair]]:
 
 
 def _online_pairs(lines: Sequence[str]) -> list[Pair]:
-    """Of the record of an online method, the questions that became pairs."""
+    """Of the record of an online method, the questions that an annotator made pairs of."""
     rows = map(json.loads, lines)
     # Before 2026-11-21 the record had the prompt's id alone.
     return [_pair_of(row) for row in rows if row["outcome"] == "pair" and not isinstance(row["prompt"], str)]
