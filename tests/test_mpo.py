@@ -204,6 +204,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(cfg: MpoConfig, t
     other = save_tiny_reward_model(tmp_path / "other", template="zephyr")
     for options, message in (
         ({"annotator": ""}, "--annotator is missing"),
+        ({"train__validation_pairs": 4}, "train.validation_pairs = 4: an online recipe holds none of its pairs out"),
         ({"value": str(other)}, "--value .*other and --policy .* have different tokenizers"),
     ):
         with pytest.raises(InputError, match=message):
