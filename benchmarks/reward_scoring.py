@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: expected 2 or more, the first is warm-up")
     ref = resolve(args.model)
     tokenizer = load_tokenizer(ref)
     items = make_items(WORKLOADS[args.workload], ChatFormat(tokenizer), args.prompts, responses=args.answers, seed=0)

@@ -181,9 +181,22 @@ def test_with_adapters_policy_reference_and_values_share_their_base(cfg: PpoConf
     )
     run = run_ppo(small, tmp_path / "run")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert any("policy, reference and values share a base" in event.get("text", "") for event in events)
+    assert any("policy, reference and values share" in event.get("text", "") for event in events)
     assert log_of(run)[0]["kl"] == pytest.approx(0.0, abs=1e-4) and log_of(run)[1]["kl"] != 0.0
     assert not any("fewer than --train.batch-size" in event.get("text", "") for event in events)
+
+
+def test_fewer_prompts_than_a_batch_are_told(cfg: PpoConfig, tmp_path: Path) -> None:
+    few = tmp_path / "prompts.jsonl"
+    few.write_text("".join(Path(cfg.prompts).read_text().splitlines(keepends=True)[:4]))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "Another?"}) + "\n")
+    own = cfg.replace(prompts=str(few), held_out=str(held_out), train__steps=1, look_at__answers=0)
+    run = run_ppo(own, tmp_path / "run")
+    said = [json.loads(line).get("text", "") for line in (run / "events.jsonl").read_text().splitlines()]
+    assert "4 prompts, fewer than --train.batch-size 6: each is answered once a step" in said
+    assert any("no held-out prompts, so no rewards of own answers" in text for text in said)
+    assert log_of(run)[0]["answers"] == 4
 
 
 def test_steps_by_hand(cfg: PpoConfig) -> None:
@@ -234,8 +247,10 @@ def test_with_one_minibatch_kappa_is_exactly_one(cfg: PpoConfig, dtype: str, mon
         assert weight.grad is None  # a set of gradients is as large as a model
 
 
-def test_a_reward_model_gives_the_values_to_begin_with(cfg: PpoConfig, tmp_path: Path) -> None:
-    """--value: V_old of the first step is what that model says of every state, and not 0."""
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reward_model_gives_the_values_to_begin_with(cfg: PpoConfig, tmp_path: Path, rank: int) -> None:
+    """--value: V_old of the first step is what that model says of every state, over its own trunk, and not 0."""
+    cfg = cfg.replace(train__lora__rank=rank)
     reward = save_tiny_reward_model(tmp_path / "value", template="chatml")
     online, rollouts = answered(cfg, str(reward))
     model = AutoModelForSequenceClassification.from_pretrained(reward).eval()

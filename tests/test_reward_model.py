@@ -19,7 +19,7 @@ from prefloop.feedback.registry import load_annotator
 from prefloop.feedback.reward_model import conversation_ids
 from prefloop.models import ModelRef, load_tokenizer
 from prefloop.recipes import reward_model as recipe
-from prefloop.recipes.reward_model import RewardModelConfig, deal, reward_model
+from prefloop.recipes.reward_model import RewardModelConfig, deal, demo, reward_model
 from prefloop.records import Group, Pair, Prompt, Response
 from prefloop.report.page import page_of, render
 from prefloop.report.story import read_story
@@ -296,13 +296,21 @@ def test_a_soft_label_is_in_the_loss(cfg: RewardModelConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "n", "steps"),
     [({}, 1000, 16), ({}, 1, 1), ({}, 64, 1), ({}, 65, 2), ({"epochs": 2}, 1000, 32), ({"epochs": 0.5}, 1000, 8),
-     ({"steps": 7}, 1000, 7), ({"steps": 7, "epochs": 3}, 1000, 7)],
+     ({"steps": 7}, 1000, 7)],
 )  # fmt: skip
 def test_steps_are_those_of_an_epoch_unless_they_are_given(options: dict[str, Any], n: int, steps: int) -> None:
     train = RewardModelConfig().replace(**{f"train__{name}": value for name, value in options.items()}).train.over(n)
     assert train.steps == steps
     assert learning_rate(train, 0) == 9e-6 and learning_rate(train, steps) == 0.0
     assert learning_rate(train, steps // 2) < 9e-6 or steps == 1
+
+
+def test_steps_and_epochs_are_not_given_both() -> None:
+    with pytest.raises(ValueError, match="steps = 16 and epochs = 3 both say how long; give one"):
+        demo().replace(train__epochs=3)
+    assert demo().replace(train__epochs=3, train__steps=0).train.over(8).steps == 6
+    with pytest.raises(ValueError, match="finite"):
+        EpochTrain(epochs=math.inf)
 
 
 def test_a_plain_train_says_how_many_steps() -> None:

@@ -143,6 +143,17 @@ def test_adapters_move_b_in_the_first_step_and_a_in_the_second(policy: ModelRef,
     assert learner.unmoved == {}
 
 
+def test_first_updates_are_counted_and_not_steps(policy: ModelRef, pairs: list[Pair]) -> None:
+    """An online method may have no pair in its first step: A has its gradient in the second update, not in step 2."""
+    learner = new_learner(policy, pairs, TRAIN.replace(lora=Lora(rank=2).model_dump()))
+    notes: list[str] = []
+    learner.stage.note = notes.append
+    learner.step(pairs[:3], 1)
+    assert len(learner.unmoved) == len(learner.trained) // 2
+    learner.step(pairs[:3], 7)
+    assert learner.unmoved == {} and not notes
+
+
 def test_an_adapter_that_does_not_move_in_the_second_step_stops_the_run(policy: ModelRef, pairs: list[Pair]) -> None:
     learner = new_learner(policy, pairs, TRAIN.replace(lora=Lora(rank=2).model_dump()))
     group = learner.optimizer.param_groups[0]

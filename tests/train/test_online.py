@@ -49,7 +49,9 @@ def test_o15_samples_after_an_update_come_from_the_updated_weights(rank: int, dt
     train_a_step(online)
     for step in (1, 2):
         train_a_step(online, step)
+    assert any(weight.grad is not None for _, weight in online.learner.trained)
     [*groups] = online.sample(PROMPTS, k=2, sampling=SAMPLING, seed=9)
+    assert all(weight.grad is None for _, weight in online.learner.trained)  # none beside the sampler's cache
     drift, gap = online.drift(groups)
     assert sum(gap) / len(gap) < online.engine.tolerance
     assert sum(map(abs, drift)) / len(drift) > 0.1  # the gap that the start weights would leave

@@ -147,7 +147,9 @@ def test_every_step_on_policy_the_loss_is_a_constant_and_directions_agree() -> N
 
 def test_after_a_refresh_one_member_is_its_reference() -> None:
     online = trained(ProximalLearner(learner(4)), steps=2, every=2)
+    assert any(weight.grad is not None for _, weight in online.learner.trained)
     groups = online.sample(PROMPTS[:3], k=2, sampling=SAMPLING, seed=9, current=True)
+    assert all(weight.grad is None for _, weight in online.learner.trained)
     assert max(map(abs, online.further_drift(groups)["log_ratio_to_behaviour_per_token"])) > 1e-2
     online.refresh()
     assert max(map(abs, online.further_drift(groups)["log_ratio_to_behaviour_per_token"])) < 1e-5

@@ -147,28 +147,26 @@ def demo() -> BpoConfig:
 
 def bpo(cfg: BpoConfig, run: "Run") -> ModelRef:
     """Run BPO; returns the final model, RUN/model."""
-    reference = check_options(cfg)
+    check_options(cfg)
     k, phases = phase_length(cfg), phases_of(cfg)
     run.note(f"{phases} phases of {k} steps, reference {cfg.reference}, {cfg.members} members")
     if cfg.reference == "ema":
         # The first phase takes the start model, where the mean is already.
         share = 1 - (1 - cfg.ema) ** (phases - 1)
         run.note(f"the moving mean moves {phases - 1} times, {share:.3g} of the way to the behaviour models in all")
+    reference = other_reference(cfg)
     return run_online(cfg, run, partial(align, reference=reference), *load_both(cfg, run), beta=cfg.beta)
 
 
-def check_options(cfg: BpoConfig) -> ModelRef | None:
-    """The model that --reference names, if it names one. Raises InputError for what cannot be, before anything is
-    computed.
-    """
-    check_online(cfg)  # first: a reference may have to be fetched
+def check_options(cfg: BpoConfig) -> None:
+    """Raises InputError for what cannot be, before a model is fetched or anything is computed."""
+    check_online(cfg)
     if cfg.members > 1 and not cfg.train.lora.rank:
         raise InputError(
             f"members = {cfg.members} needs an adapter for each: give --train.lora.rank, or --members 1 to train all "
             "weights"
         )
     phase_length(cfg)
-    return other_reference(cfg)
 
 
 def phase_length(cfg: BpoConfig) -> int:

@@ -140,7 +140,8 @@ def check_nothing_to_watch(cfg: Any) -> None:
         often = ", every --evaluate-every steps" if hasattr(cfg, "evaluate_every") else ""
         raise InputError(
             f"train.validation_pairs = {cfg.train.validation_pairs}: an online recipe holds none of its pairs out; "
-            f"leave it at 0, and look at answers to held-out prompts (--held-out with --look-at.answers{often})"
+            "set it to 0 (Train's own default is for DICE), and look at answers to held-out prompts (--held-out with "
+            f"--look-at.answers{often})"
         )
 
 

@@ -19,7 +19,8 @@ RLAIF is the same with a reward model that was trained on an annotator's labels.
 
 Why values of their own, and not a head on the policy's trunk: the value loss then never moves the policy, so that all
 that is said of L_pi is said of the policy. No coefficient weighs the two losses; the value model has a learning rate.
-With --train.lora.rank policy, reference and values are adapters on one base, which is in memory once.
+With --train.lora.rank policy, reference and values are adapters on one base, which is in memory once; a model that
+--value names shares what it has in common with it.
 
 Departures: AdamW with one learning rate a model; sampling at temperature 1, because the log-probabilities that PPO
 compares are those of temperature 1; values start at 0 where no reward model gives them a head.
@@ -269,7 +270,7 @@ def learners(
                  config=train.replace(learning_rate=cfg.ppo.value_learning_rate))  # fmt: skip
     shared = shared_bytes(values.model, policy.model)
     if shared:
-        stage.note(f"policy, reference and values share a base of {shared / 1e6:.0f} MB")
+        stage.note(f"policy, reference and values share {shared / 1e6:.0f} MB of frozen weights")
     return policy, values
 
 

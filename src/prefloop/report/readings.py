@@ -170,13 +170,14 @@ def _saturated(story: Story) -> Iterator[Reading]:
     means = [(r.label, tail_mean(r, "margin")) for r in story.rounds]
     labels = tuple(label for label, mean in means if mean is not None and mean >= limit)
     rewards, prefix = story.recipe == "reward-model", "easy." if story.recipe == "mpo" else ""
+    by_epochs = story.config.get("train", {}).get("steps") == 0
     if labels:
         yield Reading(
             labels,
             f"margins are saturated: their mean over the last steps is {limit:g} or more, where the loss has next to "
             "no gradient left. Further steps mostly repeat what is learned.",
             (
-                (f"--{prefix}train.steps", "fewer"),
+                (f"--{prefix}train.{'epochs' if by_epochs else 'steps'}", "fewer"),
                 *(
                     ()
                     if rewards

@@ -29,7 +29,7 @@ TOLD = re.compile(r'"event": "(?:engine|row skipped)"')
 """Events that a report tells; the steps, most of the log, are in the training log too."""
 
 FEEDBACK = "model/feedback.jsonl"
-"""In a round's folder: every question that an online method asked."""
+"""In a round's folder: every question of an online method, asked of an annotator or not."""
 NO_MODELS = ("data", "search")
 """Folders of a run that are none of its models."""
 

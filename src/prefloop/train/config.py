@@ -110,7 +110,17 @@ class EpochTrain(Train):
     """Of a training that goes over its data once or so, however much that is."""
 
     steps: int = Field(default=0, ge=0, description="optimiser steps of a training; 0: as many as the epochs take")
-    epochs: float = Field(default=1.0, gt=0, description="times over what a training has, where no steps are given")
+    epochs: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="times over what a training has, where no steps are given"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.steps and self.epochs != 1.0:
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs:g} both say how long; give one (steps = 0: by epochs)"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

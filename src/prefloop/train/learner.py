@@ -80,6 +80,7 @@ class Learner(Generic[I]):
         self.trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         self.optimizer = make_optimizer(config, [weight for _, weight in self.trained])
         self.unmoved = dict(self.trained)
+        self._updates: int | None = None  # since the very first one, where that was made in this process
         self.path: LogpsPath
         self.path, self.why = choose_path(self.model, list(self.known.values()))
         if config.compile:
@@ -134,6 +135,8 @@ class Learner(Generic[I]):
         groups = self._groups(items)
         path = self.path_of(groups)
         first = not self.optimizer.state  # no update has been made, in this process or before its checkpoint
+        if first:
+            self._updates = 0
         size = self.objective.size(items, groups)
         sums: dict[str, float] = {}
         # Around the backward pass too: layers that are computed again there must attend as they did before.
@@ -152,26 +155,33 @@ class Learner(Generic[I]):
         if not math.isfinite(norm):
             ids = ", ".join(item.prompt.id for item in items)
             raise CheckFailed(f"the gradient of step {step + 1} is not finite; its items are those of prompts {ids}")
-        with self._movement(step, rate):
+        with self._movement(rate):
             self.optimizer.step()
-        if step + 1 == self.objective.first_steps and self.unmoved:
-            self.stage.note(
-                f"{len(self.unmoved)} trainable weights had no gradient but zero in the first {step + 1} steps (such "
-                f"as {next(iter(self.unmoved))}): experts that no token was sent to, or parts of the model that the "
-                "loss does not reach"
-            )
+        self._tell_unmoved()
         return {**_means(sums, len(items), size), "grad_norm": norm, "learning_rate": rate}
 
     def free_gradients(self) -> None:
         """Those of the last step, which nothing reads any more: as large as all trained weights."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _movement(self, step: int, rate: float) -> AbstractContextManager[None]:
-        """The check of the first steps that every weight moves."""
-        if step >= self.objective.first_steps:
+    def _movement(self, rate: float) -> AbstractContextManager[None]:
+        """The check of the first updates that every weight moves. An online method may have steps without any."""
+        if self._updates is None or self._updates >= self.objective.first_steps:
             return nullcontext()
         moved = partial(unit_step, self.config)
         return check_movement(self.unmoved, moved, rate=rate, peak=self.config.learning_rate)
+
+    def _tell_unmoved(self) -> None:
+        """After an update: once, a note of weights that should have had a gradient by now."""
+        if self._updates is None:
+            return
+        self._updates += 1
+        if self._updates == self.objective.first_steps and self.unmoved:
+            self.stage.note(
+                f"{len(self.unmoved)} trainable weights had no gradient but zero in the first {self._updates} steps "
+                f"(such as {next(iter(self.unmoved))}): experts that no token was sent to, or parts of the model that "
+                "the loss does not reach"
+            )
 
     def _passes(
         self, items: Sequence[I], groups: Sequence[TokenGroup], path: LogpsPath

@@ -149,7 +149,7 @@ def reads_last_token(model: "PreTrainedModel") -> bool:
         with torch.no_grad():
             found = last_values(model, [conversations_group([ids], pad_id_of(model))], path="padded")
             said = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
-    except (RuntimeError, TypeError, ValueError):  # an InputError is a ValueError
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # an InputError is a ValueError
         return False
     return torch.allclose(found, said, rtol=1e-3, atol=1e-4)
 
