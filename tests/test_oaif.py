@@ -175,6 +175,7 @@ def test_a_budget_that_is_used_up_leaves_a_run_that_goes_on(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_in_an_evaluation_loses_no_step(
     cfg: OaifConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +281,7 @@ def test_an_annotator_that_never_answers_stops_the_run(cfg: OaifConfig, tmp_path
             run_oaif(cfg.replace(annotator="rule:format"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_annotator_that_was_edited_does_not_go_on_with_the_old_ones_steps(
     cfg: OaifConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +350,7 @@ def test_others_give_the_same_bytes_again(cfg: OaifConfig, tmp_path: Path, optio
     assert (again / "model/model.safetensors").read_bytes() == (first / "model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_offline_a_prompt_has_one_pair_of_answers(cfg: OaifConfig, tmp_path: Path) -> None:
     small = tmp_path / "prompts.jsonl"
     small.write_text("".join(Path(cfg.prompts).read_text().splitlines(keepends=True)[:13]))

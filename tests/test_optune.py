@@ -249,6 +249,7 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(
     cfg: OptuneConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

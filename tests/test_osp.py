@@ -249,6 +249,7 @@ class Killed(BaseException):
     """What a kill looks like from inside."""
 
 
+@pytest.mark.slow
 def test_killed_and_out_of_budget_it_ends_in_the_same_bytes(
     cfg: OspConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

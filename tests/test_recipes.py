@@ -249,6 +249,7 @@ def longest_wins(groups: Sequence[Group]) -> list[list[float | None]]:
     ]
 
 
+@pytest.mark.slow
 def test_gamma_0_trains_on_generated_pairs_alone_here_by_a_scorer_of_ones_own(cfg: DiceConfig, tmp_path: Path) -> None:
     own = cfg.replace(rounds=1, replay_fraction=0.0, scorer="tests.test_recipes:longest_wins", alpha=0.0)
     out = run_dice(own, tmp_path / "run")

@@ -208,6 +208,7 @@ def test_a_killed_run_ends_in_the_same_bytes(cfg: RewardModelConfig, finished: P
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_adapters_ends_in_the_same_bytes(cfg: RewardModelConfig, tmp_path: Path) -> None:
     adapted = cfg.replace(folds=0, train__steps=5, train__lora__rank=2)
     whole = run_recipe(adapted, tmp_path / "whole")

@@ -169,6 +169,7 @@ def test_a_killed_run_ends_in_the_same_bytes(cfg: SailConfig, finished: Path, tm
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_sampler_is_checked_where_a_process_first_samples(cfg: SailConfig, tmp_path: Path) -> None:
     """With this seed, 0, 2 and 1 examples of the three steps go the route. Killed in step 2, whose answers were sampled
     and not yet trained on, and in step 3.

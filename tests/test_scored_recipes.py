@@ -258,6 +258,7 @@ def test_its_page_shows_rewards_and_what_was_asked_for(conditional: Path) -> Non
     assert "scored.jsonl" in card and "dpo" not in card.partition("## All options")[0]
 
 
+@pytest.mark.slow
 def test_stopped_in_training_it_ends_in_the_same_bytes(
     conditional: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

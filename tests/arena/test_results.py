@@ -118,6 +118,7 @@ def test_eval_uses_the_votes_of_people(tmp_path: Path, capsys: pytest.CaptureFix
     assert found.overall.rate and found.overall.rate[0] == (0.5 + 1 + 1 + 0.5) / 4
 
 
+@pytest.mark.slow
 def test_oaif_trains_on_the_votes_of_people(tmp_path: Path) -> None:
     """Answers that an offline run has asked a rule about, judged by people who prefer what the rule does not."""
     prompts = tmp_path / "prompts.jsonl"

@@ -87,6 +87,7 @@ def test_nothing_is_started_before_there_is_something_to_sample(engine: VllmEngi
     assert not log.exists()
 
 
+@pytest.mark.slow
 def test_it_samples_from_the_weights_in_the_folder(engine: VllmEngine, policy: ModelRef, log: Path) -> None:
     groups = engine.sample(PROMPTS, k=2, sampling=SAMPLING, seed=3)
     model = AutoModelForCausalLM.from_pretrained(policy.path)
