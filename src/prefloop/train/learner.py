@@ -269,16 +269,15 @@ def add_lora(model: "PreTrainedModel", lora: Lora, seed: int) -> Any:
     peft = require_peft()
     torch.manual_seed(derive_seed(seed, "lora"))
     shared = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    if model.get_output_embeddings() is None:
-        name, head = scalar_head(model)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**shared, exclude_modules=[name])).eval()
-        head.requires_grad_(True)
-        return adapted
-    settings = peft.LoraConfig(**shared, task_type="CAUSAL_LM")
+    name, head = scalar_head(model) if model.get_output_embeddings() is None else ("", None)
+    own = {"exclude_modules": [name]} if head is not None else {"task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
         # peft asks transformers under a name that transformers deprecates: nothing that our user could change.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(model, settings).eval()
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**shared, **own)).eval()
+    if head is not None:
+        head.requires_grad_(True)
+    return adapted
 
 
 def _content(item: Item) -> tuple[Prompt, tuple[Response, ...]]:
