@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from prefloop.feedback.annotator import Annotator, Comparison
 from prefloop.feedback.implicit_reward import ImplicitReward
@@ -43,25 +44,34 @@ def likes_the_first_slot(prompt: Prompt, a: Response, b: Response) -> float:
 
 
 def save_tiny_reward_model(
-    folder: Path, seed: int = 0, template: Template | None = "llama3", labels: int = 1, pad: bool = True
+    folder: Path,
+    seed: int = 0,
+    template: Template | None = "llama3",
+    labels: int = 1,
+    pad: bool = True,
+    kind: type[PreTrainedModel] = LlamaForSequenceClassification,
+    **more: Any,
 ) -> Path:
-    """A random Llama with a classifier head, and its tokenizer, as an ordinary transformers folder."""
+    """A random Llama (or another `kind`) with a classifier head, and its tokenizer, as an ordinary transformers folder.
+    `more`: of its configuration.
+    """
     tokenizer = tiny_tokenizer(template)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        num_labels=labels,
-        pad_token_id=tokenizer.pad_token_id if pad else None,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "num_labels": labels,
+        "pad_token_id": tokenizer.pad_token_id if pad else None,
+    }
+    assert kind.config_class is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForSequenceClassification(config).float().save_pretrained(folder)
+        kind(kind.config_class(**sizes | more)).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

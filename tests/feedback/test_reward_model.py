@@ -13,9 +13,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
-    MistralConfig,
     MistralForSequenceClassification,
 )
 
@@ -64,21 +62,7 @@ def test_rewards_equal_plain_single_forwards(tmp_path: Path, budget: int, pad: b
 @pytest.mark.parametrize("budget", [1, 100_000])
 def test_an_encoder_sees_no_padding(tmp_path: Path, budget: int) -> None:
     """Unlike a decoder it looks ahead, so that without the attention mask every shorter row would be another."""
-    tokenizer = tiny_tokenizer("llama3")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.5,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_tiny_reward_model(tmp_path, kind=BertForSequenceClassification, initializer_range=0.5)
     annotator = RewardModel(ModelRef.of(tmp_path), compute=COMPUTE.replace(tokens_per_forward=budget))
     differences = [
         single_forward(tmp_path, prompt, a.text) - single_forward(tmp_path, prompt, b.text)
@@ -169,23 +153,7 @@ def test_nothing_is_shared_where_the_template_begins_otherwise_for_every_answer(
 
 @pytest.mark.usefixtures("nothing_proven")
 def test_a_model_with_a_window_goes_the_padded_path(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer("llama3")
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        sliding_window=16,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        MistralForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_tiny_reward_model(tmp_path, kind=MistralForSequenceClassification, sliding_window=16)
     annotator = RewardModel(ModelRef.of(tmp_path), compute=COMPUTE.replace(tokens_per_forward=100_000))
     asked = answers_in_a_mixed_order()
     with counted(annotator) as tokens:
