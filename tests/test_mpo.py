@@ -173,6 +173,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
         assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["dpo", "ppo"])
 def test_at_its_limits_it_is_dpo_or_ppo_to_the_bit(cfg: MpoConfig, tmp_path: Path, limit: str) -> None:
     cfg = cfg.replace(threshold=-99.0 if limit == "dpo" else 99.0, beta=0.3, easy__beta=0.2, ppo__clip=0.1)
