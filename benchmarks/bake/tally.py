@@ -16,7 +16,8 @@ def counted() -> Iterator[Counter[str]]:
     tokens_sampled     of the answers that were sampled, their end tokens included
     tokens_trained     positions that went through a model with gradients, prompts included
     tokens_scored      the same without gradients, but for those of sampling, and of a proof that is made once a process
-                       (a training proves its path each time, on a hundred tokens, and that is counted)
+                       (a training proves its path each time, on a hundred tokens, a reward model how it is
+                       read when it is loaded, on a few: these are counted)
     """
     from transformers.models.llama.modeling_llama import LlamaModel
 

@@ -86,6 +86,12 @@ def test_margins_saturate_by_the_loss(loss: str, margin: float, saturated: bool)
         assert said(story(trained(margin=margin))) == said(told)
 
 
+@pytest.mark.parametrize(("steps", "option"), [(0, "--train.epochs"), (300, "--train.steps")])
+def test_saturated_rewards_name_the_option_that_said_how_long(steps: int, option: str) -> None:
+    told = remedies(story(trained(margin=3.0), recipe="reward-model", train={"steps": steps}))
+    assert option in told and {"--train.epochs", "--train.steps"} - {option} - {*told}
+
+
 def test_only_the_last_tenth_of_the_steps_decides() -> None:
     rows = [{"step": i, "margin": 9.0 if i <= 90 else 0.0} for i in range(1, 101)]
     assert tail_mean(Round("round-1", training=rows), "margin") == 0.0
